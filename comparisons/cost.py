@@ -1,0 +1,33 @@
+"""What an answer cost, by the price list that genai-prices ships; it is an estimate, and no request is made for it."""
+
+from __future__ import annotations
+
+from models.events import Cost, Usage
+
+LOCAL_COST = Cost(usd=0.0, basis="runs on this machine; electricity and hardware are not counted")
+
+
+def price(provider: str, model: str, usage: Usage) -> Cost:
+    """The answer's price. `provider` is genai-prices' name for it; `usage.prompt_tokens` includes the cached ones.
+
+    `usd` is None, and the basis says why, where the model, the token counts or the package are missing. The package
+    names no date of its data, only its version, unless it was updated in this process.
+    """
+    try:
+        import genai_prices
+    except ImportError:
+        return Cost(usd=None, basis='no price list: pip install "nearfar[hosted]"')
+    data = f"genai-prices {genai_prices.__version__}"
+    if usage.prompt_tokens is None or usage.completion_tokens is None:
+        return Cost(usd=None, basis=f"the provider reported no token counts to price by {data}")
+    counts = genai_prices.Usage(
+        input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, cache_read_tokens=usage.cached_tokens
+    )
+    try:
+        found = genai_prices.calc_price(counts, model, provider_id=provider)
+    except (LookupError, ValueError):
+        return Cost(usd=None, basis=f"{data} has no price for {provider} {model}")
+    updated = found.auto_update_timestamp
+    dated = f"as updated {updated:%Y-%m-%d}" if updated else "its bundled prices"
+    basis = f"estimate by {data}, {dated}, as {found.provider.id} {found.model.id}, from the reported tokens"
+    return Cost(usd=float(found.total_price), basis=basis)

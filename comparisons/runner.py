@@ -1,0 +1,187 @@
+"""One question through many answerers, one at a time in random order, or together for show.
+
+One at a time, because concurrent local arms slow each other and their figures lie; in random order, because the first
+arm warms what the next one uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import assert_never
+
+from comparisons.measures import is_correct
+from comparisons.results import ArmResult, Comparison
+from comparisons.verdict import tradeoff, verdict
+from models.answerer import Answerer
+from models.errors import BadRequest, NearfarError
+from models.events import AnswerEvent, Failed, Finished, TextDelta
+from models.request import AnswerRequest
+
+__all__ = ["ArmDelta", "ArmFinished", "ArmResult", "CompareEvent", "Compared", "Comparison", "compare"]
+
+QUEUED_EVENTS = 64  # of arms that run together; a slow reader holds the arms back instead of filling the memory
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmDelta:
+    """The next piece of one target's answer."""
+
+    target: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmFinished:
+    """One target is done, well or badly."""
+
+    result: ArmResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The last event."""
+
+    comparison: Comparison
+
+
+CompareEvent = ArmDelta | ArmFinished | Compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    answerer: Answerer
+    order: int
+    contended: bool
+
+
+async def compare(
+    request: AnswerRequest,
+    arms: Sequence[Answerer],
+    *,
+    reference: str | None,
+    parallel: bool,
+    rng: random.Random,
+    comparison_id: str,
+) -> AsyncGenerator[CompareEvent, None]:
+    """Deltas and one ArmFinished per arm, then one Compared. One failing arm fails no other.
+
+    `arms[0]` is the baseline. `parallel` runs the arms together and marks them contended. Closing the iterator early
+    cancels every running arm and closes its stream. Raises BadRequest for no arms, or two of one name.
+    """
+    if not arms:
+        raise BadRequest("there is no target to compare", param="targets")
+    if len({arm.name for arm in arms}) < len(arms):
+        raise BadRequest("a target is named twice", param="targets")
+    running_order = rng.sample(range(len(arms)), len(arms))
+    contended = parallel and len(arms) > 1
+    runs = [_Arm(answerer=arms[at], order=order, contended=contended) for order, at in enumerate(running_order)]
+    results: dict[int, ArmResult] = {}  # by the place in which the arm was given
+    async with aclosing((_together if parallel else _one_by_one)(request, runs, reference)) as events:
+        async for event in events:
+            if isinstance(event, ArmFinished):
+                results[running_order[event.result.order]] = event.result
+            yield event
+    given = tuple(results[at] for at in range(len(arms)))
+    yield Compared(
+        comparison=Comparison(
+            comparison_id=comparison_id, results=given, tradeoff=tradeoff(given), verdict=verdict(given)
+        )
+    )
+
+
+async def _one_by_one(
+    request: AnswerRequest, runs: Sequence[_Arm], reference: str | None
+) -> AsyncGenerator[ArmDelta | ArmFinished, None]:
+    for run in runs:
+        async with aclosing(_run(request, run, reference)) as events:
+            async for event in events:
+                yield event
+
+
+async def _together(
+    request: AnswerRequest, runs: Sequence[_Arm], reference: str | None
+) -> AsyncGenerator[ArmDelta | ArmFinished, None]:
+    queue: asyncio.Queue[ArmDelta | ArmFinished] = asyncio.Queue(maxsize=QUEUED_EVENTS)
+
+    async def pump(run: _Arm) -> None:
+        async with aclosing(_run(request, run, reference)) as events:
+            async for event in events:
+                await queue.put(event)
+
+    tasks = [asyncio.create_task(pump(run)) for run in runs]
+    try:
+        running = len(tasks)
+        while running:
+            event = await queue.get()
+            running -= isinstance(event, ArmFinished)
+            yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run(
+    request: AnswerRequest, run: _Arm, reference: str | None
+) -> AsyncGenerator[ArmDelta | ArmFinished, None]:
+    """One arm. Ends in exactly one ArmFinished whatever the answerer does; only leaving early has none."""
+    target = run.answerer.name
+    pieces: list[str] = []
+    terminal: Finished | Failed | None = None
+    try:
+        async with _closing(run.answerer.stream(request)) as events:
+            async for event in events:
+                match event:
+                    case TextDelta(text=text):
+                        pieces.append(text)
+                        yield ArmDelta(target=target, text=text)
+                    case Finished() | Failed():
+                        terminal = event
+                        break
+                    case _:
+                        assert_never(event)
+    except asyncio.CancelledError:
+        if _being_cancelled():
+            raise
+        _log.error("target %s was cancelled from within", target)
+    except Exception as error:  # an answerer's bug: its text may hold an input, so neither users nor logs get it
+        _log.error("target %s raised %s", target, type(error).__name__)
+    if terminal is None:
+        terminal = Failed(error=NearfarError("internal error"))
+    yield ArmFinished(result=_result(run, "".join(pieces), terminal, reference))
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _result(run: _Arm, text: str, terminal: Finished | Failed, reference: str | None) -> ArmResult:
+    finished = terminal if isinstance(terminal, Finished) else None
+    return ArmResult(
+        target=run.answerer.name,
+        order=run.order,
+        contended=run.contended,
+        text=text if finished else None,
+        finished=finished,
+        error=terminal.error if isinstance(terminal, Failed) else None,
+        correct=is_correct(text, reference) if finished else None,
+    )
+
+
+@asynccontextmanager
+async def _closing(events: AsyncIterator[AnswerEvent]) -> AsyncIterator[AsyncIterator[AnswerEvent]]:
+    """Close the stream on the way out. The protocol promises an iterator; only generators can be closed."""
+    try:
+        yield events
+    finally:
+        close = getattr(events, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,150 @@
+"""From results to a decision. One input decides nothing: the verdict describes it and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from comparisons.measures import same_answer
+from comparisons.results import ArmResult, Contrast, Figures, Tradeoff, Verdict
+from models.events import Finished
+
+FIGURES = ("ttft_ms", "total_ms", "tokens_per_second", "usd", "bytes_sent", "model_bytes", "process_peak_bytes")
+_Done = tuple[ArmResult, Finished]
+SAME_SPEED = 1.1  # below this factor two single runs are called about as fast
+
+
+def tradeoff(results: Sequence[ArmResult]) -> Tradeoff:
+    """All targets against the first. None where either side has no figure; no ratio where the first's figure is 0."""
+    baseline, *others = results
+    base = _figures(baseline)
+    return Tradeoff(
+        baseline=baseline.target, per_target={result.target: _contrast(_figures(result), base) for result in others}
+    )
+
+
+def verdict(results: Sequence[ArmResult]) -> Verdict:
+    """What this one input showed. The choice is always undecided."""
+    done = [(result, result.finished) for result in results if result.finished is not None]
+    failed = [result.target for result in results if result.finished is None]
+    reasons = ["one input is no ground for a choice"]
+    if any(result.contended for result in results):
+        reasons.append("the targets ran at the same time: their timings are no measurement")
+    reasons += [_reason(result) for result in results]
+    if not done:
+        text = f"No target answered: {_listed(failed)} failed."
+    else:
+        facts = [_speed(done), _agreement(done), _correctness(done), f"{_listed(failed)} failed" if failed else ""]
+        text = f"On this input {'; '.join(filter(None, facts))}. {_egress_and_cost(done, everyone=not failed)}"
+    return Verdict(choice="undecided", text=text, reasons=tuple(reasons))
+
+
+def _figures(result: ArmResult) -> Figures:
+    finished = result.finished
+    if finished is None:
+        return dict.fromkeys(FIGURES)
+    values = (
+        finished.timings.ttft_ms,
+        finished.timings.total_ms,
+        finished.timings.tokens_per_second,
+        finished.cost.usd,
+        finished.egress.bytes_sent,
+        finished.memory.model_bytes,
+        finished.memory.process_peak_bytes,
+    )
+    return dict(zip(FIGURES, values, strict=True))
+
+
+def _contrast(ours: Figures, base: Figures) -> Contrast:
+    difference: dict[str, float | None] = {}
+    ratio: dict[str, float | None] = {}
+    for name in FIGURES:
+        mine, other = ours[name], base[name]
+        difference[name] = mine - other if mine is not None and other is not None else None
+        ratio[name] = mine / other if mine is not None and other else None
+    return Contrast(difference=difference, ratio=ratio)
+
+
+def _speed(done: Sequence[_Done]) -> str:
+    if len(done) > 1 and any(result.contended for result, _ in done):
+        return "the targets ran at the same time, so their timings are no measurement"
+    timed = sorted((finished.timings.total_ms or 0, result.target) for result, finished in done)
+    (fast_ms, fast), (slow_ms, slow) = timed[0], timed[-1]
+    if len(timed) == 1:
+        return f"only {fast} answered, in {_ms(fast_ms)}"
+    if not fast_ms:
+        return ""
+    if slow_ms < fast_ms * SAME_SPEED:
+        return f"{fast} was about as fast as {slow} ({_ms(fast_ms)} and {_ms(slow_ms)})"
+    rank = "" if len(timed) == 2 else f", the slowest of {len(timed)},"
+    factor = slow_ms / fast_ms
+    times = f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}"
+    return f"{fast} was {times} times as fast as {slow}{rank} ({_ms(fast_ms)} against {_ms(slow_ms)})"
+
+
+def _agreement(done: Sequence[_Done]) -> str:
+    first, *others = [result.text or "" for result, _ in done]
+    if not others:
+        return ""
+    if all(same_answer(text, first) for text in others):
+        return "both gave the same answer" if len(others) == 1 else f"all {len(done)} gave the same answer"
+    return "the answers differ"
+
+
+def _correctness(done: Sequence[_Done]) -> str:
+    parts = []
+    for correct, word in ((True, "right"), (False, "wrong")):
+        if names := [result.target for result, _ in done if result.correct is correct]:
+            parts.append(f"{_listed(names)} {'was' if len(names) == 1 else 'were'} {word}")
+    return " and ".join(parts)
+
+
+def _egress_and_cost(done: Sequence[_Done], *, everyone: bool) -> str:
+    left = [finished for _, finished in done if finished.egress.left_device]
+    if not left:
+        if everyone:
+            return "There was no hosted arm: all targets ran on this device, nothing left it and nothing was paid."
+        return "No hosted arm answered: all targets that did ran on this device."
+    sent = sum(finished.egress.bytes_sent for finished in left)
+    where = _listed(sorted({finished.egress.destination or "another machine" for finished in left}))
+    prices = [finished.cost.usd for finished in left]
+    known = [usd for usd in prices if usd is not None]
+    cost = f"at a cost of {_usd(sum(known))}" if known else "at an unknown price"
+    if known and len(known) < len(prices):
+        cost = f"at a cost of at least {_usd(sum(known))}, not all prices being known"
+    return f"{sent:,} bytes of request left this device for {where}, {cost}."
+
+
+def _reason(result: ArmResult) -> str:
+    finished = result.finished
+    if finished is None:
+        return f"{result.target} failed: {result.error.message if result.error else 'no reason given'}"
+    egress, usd = finished.egress, finished.cost.usd
+    if egress.left_device:
+        moved = f"{egress.bytes_sent:,} bytes left for {egress.destination}"
+    else:
+        moved = f"{egress.bytes_sent:,} bytes over loopback" if egress.bytes_sent else "nothing left the process"
+    facts = [
+        _ms(finished.timings.total_ms) + (" (contended)" if result.contended else ""),
+        {True: "right", False: "wrong", None: ""}[result.correct],
+        moved,
+        "price unknown" if usd is None else _usd(usd),
+    ]
+    return f"{result.target}: {', '.join(filter(None, facts))}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _ms(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return "time not measured"
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.1f} s"
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
+
+
+def _usd(usd: float) -> str:
+    if usd == 0:
+        return "$0"
+    return f"${usd:.2f}" if usd >= 0.1 else f"${usd:.2g}" if usd >= 0.0001 else f"${usd:.1e}"

@@ -1,0 +1,7 @@
+"""A checkpoint becomes a checked, quantized bundle. The only package that needs torch, transformers, onnx and optimum."""
+
+import logging
+
+# onnxruntime's quantizer calls logging.basicConfig(level=INFO) when it is imported, which does nothing where the root
+# logger has a handler already. Without this, its notes about every node would fill the terminal.
+logging.getLogger().addHandler(logging.NullHandler())

@@ -1,0 +1,202 @@
+"""A SmolVLM or Idefics3 checkpoint folder, loaded and checked. Reads safetensors alone: no pickle, no remote code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
+
+from models.bundle import Shapes
+from models.errors import NearfarError
+from models.images import ImageProcessing
+from models.prompt import PromptRenderer
+from models.tokenizer import TextTokenizer
+
+MODEL_CLASSES = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics3ForConditionalGeneration}
+TEXT_MODEL_TYPES = ("llama", "smollm3")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+END_OF_UTTERANCE = "<end_of_utterance>"
+LANCZOS = 1  # `resample` in preprocessor_config.json
+
+
+class CheckpointError(NearfarError):
+    """A checkpoint folder that cannot be exported. The message says what is wrong with which file."""
+
+    status = 400
+    type = "checkpoint_error"
+
+
+class FullTileEmbeddings(nn.Module):
+    """Patch embeddings of full square tiles: patch number i has position i.
+
+    Replaces the module that transformers loads. From 4.55.1 to at least 4.57.6 that one multiplies the fractional
+    coordinates by 1 - 1e-6, which moves every patch but the first one row and one column back (0, 0, 1, 2, ...), unlike
+    what all models were trained with: https://github.com/huggingface/transformers/issues/41190
+    """
+
+    def __init__(self, loaded: nn.Module) -> None:
+        super().__init__()
+        self.patch_embedding = loaded.patch_embedding
+        self.position_embedding = loaded.position_embedding
+
+    def forward(self, pixel_values: torch.Tensor, patch_attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[tile, 3, height, width] -> [tile, patch, hidden]. The mask of a full tile says nothing and is not read."""
+        patches: torch.Tensor = self.patch_embedding(pixel_values)
+        positions: torch.Tensor = self.position_embedding.weight
+        return patches.flatten(2).transpose(1, 2) + positions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A loaded checkpoint in float32, with what the runtime must know about it."""
+
+    folder: Path
+    model: Any  # SmolVLMForConditionalGeneration or Idefics3ForConditionalGeneration
+    tokenizer: TextTokenizer
+    prompts: PromptRenderer
+    shapes: Shapes
+    processing: ImageProcessing
+    weights_sha256: str
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Load and check a folder in the hub's layout. Raises CheckpointError where it is not one, or not exportable."""
+    config = _read_json(folder, "config.json")
+    _check_config(config, folder)
+    weights = _weight_files(folder)
+    model = _load_model(MODEL_CLASSES[config["model_type"]], folder)
+    vision = model.model.vision_model
+    vision.embeddings = FullTileEmbeddings(vision.embeddings)
+    processing = _processing(_read_json(folder, "preprocessor_config.json"), model.config.vision_config.image_size)
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    tokenizer = TextTokenizer(folder / "tokenizer.json")
+    shapes = _shapes(model, tokenizer)
+    return Checkpoint(
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        prompts=PromptRenderer.from_folder(folder, tokenizer, shapes.image_tokens_per_tile),
+        shapes=shapes,
+        processing=processing,
+        weights_sha256=_sha256_together(weights),
+    )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text())
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no checkpoint: {name} cannot be read") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name} is not JSON") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / name} holds no JSON object")
+    return content
+
+
+def _check_config(config: dict[str, Any], folder: Path) -> None:
+    if "auto_map" in config:
+        raise CheckpointError(f"{folder}: its model is code of its own (auto_map), and remote code is never run")
+    if "quantization_config" in config:
+        raise CheckpointError(f"{folder} is quantized already: export the original weights")
+    if config.get("model_type") not in MODEL_CLASSES:
+        known = " or ".join(MODEL_CLASSES)
+        raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, only {known} can be exported")
+    text_type = config.get("text_config", {}).get("model_type", "llama")
+    if text_type not in TEXT_MODEL_TYPES:
+        raise CheckpointError(f"{folder}: a text model of type {text_type!r} cannot be exported")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files in name order."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(_read_json(folder, index.name).get("weight_map", {}).values())
+        missing = [name for name in sorted(names) if Path(name).name != name or not (folder / name).is_file()]
+        if missing or not names:
+            raise CheckpointError(f"{index} names no file or one that is not there: {', '.join(missing)}")
+        return [folder / name for name in sorted(names)]
+    if any(True for pattern in PICKLED for _ in folder.glob(pattern)):
+        raise CheckpointError(f"{folder} holds its weights as pickle, which can run code: convert them to safetensors")
+    raise CheckpointError(f"{folder} has no model.safetensors")
+
+
+def _load_model(model_class: Any, folder: Path) -> Any:
+    try:
+        model, report = model_class.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            attn_implementation="sdpa", output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # transformers and safetensors raise many kinds for damaged files
+        raise CheckpointError(f"{folder} does not load: {str(error).splitlines()[0][:300]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return model.eval()
+
+
+def _processing(settings: dict[str, Any], image_size_px: int) -> ImageProcessing:
+    try:
+        longest_edge, tile_px = settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError("preprocessor_config.json needs size.longest_edge and max_image_size.longest_edge") from error
+    if tile_px != image_size_px:
+        raise CheckpointError(f"tiles of {tile_px} px do not fit a vision model for {image_size_px} px")
+    if settings.get("resample", LANCZOS) != LANCZOS or not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255):
+        raise CheckpointError("preprocessor_config.json asks for another resampling than LANCZOS or another scale than 1/255")
+    return ImageProcessing(
+        longest_edge=longest_edge,
+        tile_px=tile_px,
+        auto_tile_px=tile_px,
+        mean=tuple(settings.get("image_mean", (0.5, 0.5, 0.5))),
+        std=tuple(settings.get("image_std", (0.5, 0.5, 0.5))),
+    )
+
+
+def _shapes(model: Any, tokenizer: TextTokenizer) -> Shapes:
+    text, vision = model.config.text_config, model.config.vision_config
+    patches_per_side, scale = vision.image_size // vision.patch_size, model.config.scale_factor
+    if patches_per_side % scale:
+        raise CheckpointError(f"{patches_per_side} patches a side cannot be merged {scale} by {scale}")
+    return Shapes(
+        hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=model.lm_head.out_features,
+        max_positions=text.max_position_embeddings,
+        image_tokens_per_tile=(patches_per_side // scale) ** 2,
+        image_token_id=model.config.image_token_id,
+        stop_token_ids=_stop_tokens(model, tokenizer),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _stop_tokens(model: Any, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Those of generation_config.json, and the end of an utterance: text_config's eos is not what ends an answer."""
+    stops = model.generation_config.eos_token_id
+    found = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+    if END_OF_UTTERANCE in tokenizer.special_tokens():
+        found.add(tokenizer.marker(END_OF_UTTERANCE))
+    if not found:
+        raise CheckpointError("no stop token: generation_config.json needs eos_token_id")
+    return tuple(sorted(found))
+
+
+def _sha256_together(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""A checkpoint's three ONNX graphs in float32, in the published layout.
+
+- Vision: optimum's exporter and its output validation, with a configuration of our own (optimum has none for this
+  family). It traces with TorchScript, whose graph is the plain one that ONNX Runtime's fusions and quantizer know.
+- Decoder: onnxruntime-genai's model builder. It writes GroupQueryAttention with rotary embedding inside, whose past and
+  present may share one buffer; a traced graph would copy the whole cache at every token. Its classes are called directly
+  rather than `create_model`, because that wants the text model on disk a second time and loads tokenizers by Auto classes.
+- Embeddings: one Gather, written by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime_genai.models.builders.llama import LlamaModel
+from onnxruntime_genai.models.builders.smollm import SmolLM3Model
+from optimum.exporters.onnx import OnnxConfig, export, validate_model_outputs
+from optimum.utils import DummyInputGenerator, NormalizedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from export.checkpoint import Checkpoint
+
+OPSET = 20  # the newest that the TorchScript exporter writes; LayerNormalization and Gelu are one node each
+EXTERNAL_DATA_BYTES = 1_800_000_000  # a protobuf file ends at 2 GiB
+VALIDATION_TOLERANCE = 1e-3
+BUILDERS = {"llama": ("LlamaForCausalLM", LlamaModel), "smollm3": ("SmolLM3ForCausalLM", SmolLM3Model)}
+LM_HEAD = "/lm_head/MatMul"
+
+
+class TileEncoder(nn.Module):
+    """Vision tower and connector: pixel_values [batch, n, 3, H, W] -> image_features [batch * n, S, hidden]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config.vision_config
+        self.vision, self.connector = model.model.vision_model, model.model.connector
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.vision.embeddings(pixel_values.flatten(0, 1))
+        # Called without the tower's own forward: that builds a mask, and in a full tile every patch sees every other.
+        hidden = self.vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+        return {"image_features": self.connector(self.vision.post_layernorm(hidden))}
+
+
+class _TileInputs(DummyInputGenerator):  # type: ignore[misc]
+    """Random tiles to trace with: two pictures of two tiles, so that neither dimension is taken for a constant."""
+
+    SUPPORTED_INPUT_NAMES = ("pixel_values",)
+
+    def __init__(self, task: str, config: Any, **_: Any) -> None:
+        self.side_px, self.channels = config.image_size, config.num_channels
+
+    def generate(self, input_name: str, framework: str = "pt", **_: Any) -> Any:
+        pixels = np.random.default_rng(0).uniform(-1, 1, (2, 2, self.channels, self.side_px, self.side_px))
+        return torch.from_numpy(pixels).float() if framework == "pt" else pixels.astype(np.float32)
+
+
+class _VisionOnnxConfig(OnnxConfig):  # type: ignore[misc]
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (_TileInputs,)
+    DEFAULT_ONNX_OPSET = OPSET
+    inputs: ClassVar = {"pixel_values": {0: "batch_size", 1: "num_images"}}
+    outputs: ClassVar = {"image_features": {0: "num_tiles"}}
+
+
+def write_vision(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the vision graph and check it against torch on random tiles (optimum raises where it differs)."""
+    encoder = TileEncoder(checkpoint.model)
+    config = _VisionOnnxConfig(checkpoint.model.config.vision_config)
+    with warnings.catch_warnings():
+        # TracerWarning: pixel_shuffle turns constant sizes into ints; DeprecationWarning: of the TorchScript exporter.
+        warnings.simplefilter("ignore")
+        export(encoder, config, path, opset=OPSET)
+    validate_model_outputs(config, encoder, path, ["image_features"], atol=VALIDATION_TOLERANCE, use_subprocess=False)
+    graph = onnx.load(path)
+    # The published layout has this input. Tiles are always full, so nothing reads it, and tracing would drop it.
+    mask_shape = ["batch_size", "num_images", checkpoint.processing.tile_px, checkpoint.processing.tile_px]
+    graph.graph.input.append(helper.make_tensor_value_info("pixel_attention_mask", TensorProto.BOOL, mask_shape))
+    save_graph(graph, path)
+
+
+def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:
+    """Write input_ids [batch, position] -> inputs_embeds [batch, position, hidden]; in int8 with one scale per row."""
+    table = checkpoint.model.get_input_embeddings().weight.detach().numpy()
+    shape = ["batch_size", "sequence_length"]
+    if int8:
+        scale = np.maximum(np.abs(table).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        rows = np.round(table / scale).astype(np.int8)
+        weights = {"embed_tokens.weight": rows, "embed_tokens.scale": scale.astype(np.float32)}
+        nodes = [
+            helper.make_node("Gather", ["embed_tokens.weight", "input_ids"], ["rows"]),
+            helper.make_node("Gather", ["embed_tokens.scale", "input_ids"], ["scales"]),
+            helper.make_node("Cast", ["rows"], ["levels"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["levels", "scales"], ["inputs_embeds"]),
+        ]
+    else:
+        weights = {"embed_tokens.weight": table}
+        nodes = [helper.make_node("Gather", ["embed_tokens.weight", "input_ids"], ["inputs_embeds"])]
+    graph = helper.make_graph(
+        nodes,
+        "embed_tokens",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)],
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [*shape, table.shape[1]])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    save_graph(model, path)
+
+
+def build_decoder(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """The fused decoder: inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*."""
+    model = checkpoint.model
+    config = model.config.text_config
+    architecture, builder_class = BUILDERS[config.model_type]
+    config.architectures = [architecture]
+    with torch.device("meta"):  # a causal model around the weights that are loaded already
+        causal = AutoModelForCausalLM.from_config(config)
+    causal.model, causal.lm_head = model.model.text_model, model.lm_head
+    options = {"exclude_embeds": True, "hf_token": "false", "hf_remote": False}
+    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        float32 = onnx_ir.DataType.FLOAT
+        builder = builder_class(config, float32, float32, "cpu", cache, options)
+        builder.load_weights = lambda _path: causal
+        # The builder takes any Linear with as many outputs as the vocabulary has entries for the head.
+        builder.has_lm_head = lambda module: module is causal.lm_head
+        builder.make_model("")
+        builder.model.graph.sort()
+        decoder: onnx.ModelProto = onnx_ir.to_proto(builder.model)
+    keep_last_logits(decoder)
+    return decoder
+
+
+def keep_last_logits(decoder: onnx.ModelProto) -> None:
+    """Add the scalar input `num_logits_to_keep`: logits of the last that many positions, 0 for all.
+
+    A prompt step needs the last position's alone, and computes vocabulary x hidden products for each one more.
+    """
+    graph = decoder.graph
+    head = next(node for node in graph.node if node.name == LM_HEAD)
+    first_last_axis = {"first": [-1], "end": [np.iinfo(np.int64).max], "axis": [1]}
+    for name, values in first_last_axis.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(values, dtype=np.int64), f"keep/{name}"))
+    # hidden[:, -n:], and for n = 0 hidden[:, 0:], which is everything
+    nodes = [
+        helper.make_node("Mul", ["num_logits_to_keep", "keep/first"], ["keep/start"], name="/keep/Mul"),
+        helper.make_node(
+            "Slice", [head.input[0], "keep/start", "keep/end", "keep/axis"], ["keep/hidden"], name="/keep/Slice"
+        ),
+    ]
+    head.input[0] = "keep/hidden"
+    place = list(graph.node).index(head)
+    for offset, node in enumerate(nodes):
+        graph.node.insert(place + offset, node)
+    graph.input.append(helper.make_tensor_value_info("num_logits_to_keep", TensorProto.INT64, []))
+    logits = next(output for output in graph.output if output.name == "logits")
+    logits.type.tensor_type.shape.dim[1].dim_param = "num_logits"
+    del graph.value_info[:]  # the builder's shapes behind the slice no longer hold
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Save as one file, or with its weights in `<file>_data` where one file would pass protobuf's 2 GiB."""
+    data = path.with_name(path.name + "_data")
+    for old in (path, data):
+        old.unlink(missing_ok=True)
+    weights_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if weights_bytes < EXTERNAL_DATA_BYTES:
+        onnx.save(model, path)
+    else:
+        onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -1,0 +1,143 @@
+"""The recipes as data, and how each graph's weights are stored under them.
+
+- Decoder: MatMulNBits by onnxruntime's own quantizer, weights in blocks, round to nearest, symmetric. accuracy_level 4
+  multiplies in int8; left unset, it costs half the speed on a CPU.
+- Vision: dynamic int8 by optimum's ORTQuantizer, per channel, signed weights (they reach the AMX kernels, unsigned do not).
+- Embeddings: int8 with a scale per row, in `export.graphs`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx
+from onnxruntime.quantization import QuantFormat, QuantizationMode, QuantType
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from optimum.onnxruntime import ORTQuantizer, QuantizationConfig
+from transformers import PretrainedConfig
+
+from export.checkpoint import CheckpointError
+from models.bundle import GraphName, Recipe
+
+ACCURACY_LEVEL_INT8 = 4
+SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a bundle must reach to be written. None: not asked of this recipe."""
+
+    max_mean_kl: float | None = None
+    max_logit_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipePlan:
+    """One recipe: file suffix, bits of the decoder's matrices, and the gate its bundle must pass."""
+
+    suffix: str
+    gate: Gate
+    int8_vision_and_embeddings: bool = True
+    decoder_bits: int | None = None
+    decoder_block: int = 128
+    # Matrices, by a part of their name, that stay at 8 bits in blocks of 128 at most.
+    eight_bit_parts: tuple[str, ...] = ()
+    weights: Mapping[GraphName, str] = field(default_factory=dict)
+
+
+_INT8_WEIGHTS: dict[GraphName, str] = {
+    "vision_encoder": "dynamic int8 MatMul, 7-bit signed per channel; the rest float32",
+    "embed_tokens": "int8, one scale per row",
+}
+RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType({
+    "fp32": RecipePlan(
+        suffix="",
+        gate=Gate(max_logit_error=1e-3),
+        int8_vision_and_embeddings=False,
+        weights={"vision_encoder": "float32", "embed_tokens": "float32", "decoder_model_merged": "float32"},
+    ),
+    "int8": RecipePlan(
+        suffix="_int8",
+        gate=Gate(max_mean_kl=0.02),
+        decoder_bits=8,
+        weights={**_INT8_WEIGHTS, "decoder_model_merged": "8-bit MatMulNBits, blocks of at most 128"},
+    ),
+    "int4": RecipePlan(
+        suffix="_q4",
+        gate=Gate(max_mean_kl=0.20),
+        decoder_bits=4,
+        decoder_block=32,
+        eight_bit_parts=("lm_head", "down_proj"),
+        weights={
+            **_INT8_WEIGHTS,
+            "decoder_model_merged": "4-bit MatMulNBits in blocks of 32; lm_head and down_proj in 8 bits",
+        },
+    ),
+})  # fmt: skip
+
+
+def quantize_decoder(decoder: onnx.ModelProto, plan: RecipePlan) -> onnx.ModelProto:
+    """The decoder with its constant matrices as the plan says; itself where the plan leaves it in float32."""
+    if plan.decoder_bits is None:
+        return decoder
+    rows_of = {tensor.name: tensor.dims[0] for tensor in decoder.graph.initializer}
+    groups: dict[tuple[int, int], list[str]] = {}
+    names = []
+    for node in decoder.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in rows_of:
+            eight = any(part in node.name for part in plan.eight_bit_parts)
+            bits, most = (8, 128) if eight else (plan.decoder_bits, plan.decoder_block)
+            groups.setdefault((bits, _block_size(rows_of[node.input[1]], most)), []).append(node.name)
+            names.append(node.name)
+    for (bits, block_size), chosen in groups.items():
+        config = DefaultWeightOnlyQuantConfig(
+            block_size=block_size, is_symmetric=True, accuracy_level=ACCURACY_LEVEL_INT8, bits=bits
+        )
+        others = [name for name in names if name not in chosen]
+        quantizer = MatMulNBitsQuantizer(decoder, bits=bits, nodes_to_exclude=others, algo_config=config)
+        quantizer.process()
+        decoder = quantizer.model.model
+    return decoder
+
+
+def _block_size(rows: int, most: int) -> int:
+    """The largest block that divides a matrix's rows: a remainder would be padded to a whole block of zeros."""
+    block = most
+    while rows % block and block > SMALLEST_BLOCK:
+        block //= 2
+    return block
+
+
+def quantize_vision(source: Path, target: Path, *, reduce_range: bool = True) -> None:
+    """Write `source` with its constant MatMul weights in int8.
+
+    reduce_range keeps weights to 7 bits. On processors without VNNI (AVX2, early AVX-512) the kernels add two u8 * s8
+    products in 16 bits, which saturates at full range: the same file then gives other features there than elsewhere.
+    """
+    graph = onnx.load(source, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    # Attention multiplies two activations; quantizing those at run time measured slower than float.
+    excluded = [node.name for node in products if not constants & set(node.input)]
+    if any(not node.name for node in products):
+        raise CheckpointError("the vision graph has MatMul nodes without names")
+    config = QuantizationConfig(
+        is_static=False,
+        format=QuantFormat.QOperator,
+        mode=QuantizationMode.IntegerOps,
+        activations_dtype=QuantType.QUInt8,
+        weights_dtype=QuantType.QInt8,
+        weights_symmetric=True,
+        per_channel=True,
+        reduce_range=reduce_range,
+        nodes_to_exclude=excluded,
+        operators_to_quantize=["MatMul"],
+    )
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # The configuration is only written beside the graph; without one, optimum looks for it and warns.
+        ORTQuantizer(source, config=PretrainedConfig()).quantize(config, folder, file_suffix=None)
+        Path(folder, source.name).replace(target)

@@ -1,0 +1,53 @@
+"""The one protocol: whatever answers a request. A local engine, a hosted model and a test's script all fit it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple, Protocol, assert_never
+
+from models.errors import NearfarError
+from models.events import AnswerEvent, Failed, Finished, TextDelta
+from models.request import AnswerRequest
+
+
+class Answerer(Protocol):
+    """Answers requests as streams of events."""
+
+    @property
+    def name(self) -> str:
+        """The target's name: `local/<model>@<recipe>` or `<provider>/<model>`."""
+        ...
+
+    def stream(self, request: AnswerRequest) -> AsyncIterator[AnswerEvent]:
+        """Text deltas, then exactly one Finished or Failed. Closing the iterator early cancels the work.
+
+        Bad requests and failures of every kind arrive as Failed; the iterator itself raises nothing but cancellation.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release what the answerer holds. Running streams end in Failed."""
+        ...
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    text: str
+    finished: Finished
+
+
+async def collect(events: AsyncIterator[AnswerEvent]) -> Answer:
+    """Read a stream to its end. Raises the error of a Failed."""
+    pieces: list[str] = []
+    async for event in events:
+        match event:
+            case TextDelta(text=text):
+                pieces.append(text)
+            case Finished():
+                return Answer("".join(pieces), event)
+            case Failed(error=error):
+                raise error
+            case _:
+                assert_never(event)
+    raise NearfarError("the stream ended without a terminal event")

@@ -1,0 +1,142 @@
+"""The manifest of an exported model, and a folder checked against it.
+
+A bundle is a folder with `manifest.json`, `tokenizer.json`, `tokenizer_config.json`, `config.json` and `onnx/` in the
+published three-graph layout. Loading checks format, every file's size and sha256, and that no file, external tensor data
+included, lies outside the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.errors import BundleError
+from models.images import ImageProcessing
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GraphName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged"]
+Recipe = Literal["fp32", "int8", "int4"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Frozen):
+    """Where the weights came from. `sha256` is over the checkpoint's weight files, in name order."""
+
+    name: str
+    sha256: str
+    license: str | None = None
+    revision: str | None = None
+
+
+class Shapes(_Frozen):
+    """What the runtime must know to feed the graphs."""
+
+    hidden_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    image_tokens_per_tile: int
+    image_token_id: int
+    stop_token_ids: tuple[int, ...]
+    parameters: int
+
+
+class Processing(_Frozen):
+    """The image processor's settings; `auto_tile_px` belongs to `detail: auto`."""
+
+    longest_edge: int
+    tile_px: int
+    auto_tile_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def settings(self) -> ImageProcessing:
+        return ImageProcessing(**self.model_dump())
+
+
+class GraphEntry(_Frozen):
+    """One ONNX file and, in words, how its weights are stored."""
+
+    file: str
+    weights: str
+
+
+class FileEntry(_Frozen):
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Frozen):
+    """`manifest.json`. `quality` holds what the export measured against torch, with the text of each measure."""
+
+    format: Literal[1]
+    name: str
+    recipe: Recipe
+    source: Source
+    shapes: Shapes
+    processing: Processing
+    graphs: dict[GraphName, GraphEntry]
+    files: dict[str, FileEntry]
+    quality: dict[str, Any]
+    made_with: dict[str, str]
+    notice: str | None = None
+
+
+class Bundle:
+    """A checked bundle folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Read the manifest and check every file. Raises BundleError that names what is wrong."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}")
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(step) for step in first["loc"])
+            raise BundleError(f"{path}: {where}: {first['msg']}") from error
+        root = folder.resolve()
+        for name, entry in manifest.files.items():
+            file = folder / name
+            if root not in file.resolve().parents:
+                raise BundleError(f"{name} lies outside the bundle {folder}")
+            if not file.is_file():
+                raise BundleError(f"{folder}: {name} is missing")
+            if file.stat().st_size != entry.bytes or sha256_of(file) != entry.sha256:
+                raise BundleError(f"{folder}: {name} does not match its hash in the manifest")
+        for graph in manifest.graphs.values():
+            if graph.file not in manifest.files:
+                raise BundleError(f"{folder}: {graph.file} has no hash in the manifest")
+        return cls(folder, manifest)
+
+    @property
+    def target(self) -> str:
+        return f"local/{self.manifest.name}@{self.manifest.recipe}"
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the graphs and their external data."""
+        return sum(entry.bytes for name, entry in self.manifest.files.items() if name.startswith("onnx/"))
+
+    def graph(self, name: GraphName) -> Path:
+        return self.folder / self.manifest.graphs[name].file
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""The error tree. Each class knows its HTTP status, its type in the error object, and whether a retry can help.
+
+    NearfarError                    500  internal_error
+    +-- BadRequest                  400  invalid_request
+    |   +-- InvalidValue            422  invalid_value
+    |   +-- ContextLengthExceeded   400  context_length_exceeded
+    |   +-- PayloadTooLarge         413  payload_too_large
+    |   +-- UnsupportedMedia        415  unsupported_media
+    +-- Forbidden                   403  forbidden
+    +-- NotFound                    404  not_found
+    +-- RequestTimeout              408  timeout
+    +-- Overloaded                  429  overloaded          (retry)
+    +-- Unavailable                 503  unavailable         (retry)
+    |   +-- BundleError             503  bundle_error
+    +-- UpstreamError               502  upstream_error      (retry)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NearfarError(Exception):
+    """Base of all errors that reach a user. `message` is one line and holds neither a key nor an input."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class BadRequest(NearfarError):
+    """The request cannot be answered as it stands."""
+
+    status = 400
+    type = "invalid_request"
+
+
+class InvalidValue(BadRequest):
+    """A field's value is out of range or of the wrong kind."""
+
+    status = 422
+    type = "invalid_value"
+
+
+class ContextLengthExceeded(BadRequest):
+    """Prompt and pictures need more positions than the model has."""
+
+    type = "context_length_exceeded"
+
+
+class PayloadTooLarge(BadRequest):
+    """More bytes or pixels than the configured caps allow."""
+
+    status = 413
+    type = "payload_too_large"
+
+
+class UnsupportedMedia(BadRequest):
+    """A known file format that is not opened here."""
+
+    status = 415
+    type = "unsupported_media"
+
+
+class Forbidden(NearfarError):
+    """The policy, the host allow-list or the cross-site rule forbids it."""
+
+    status = 403
+    type = "forbidden"
+
+
+class NotFound(NearfarError):
+    """No target, model or record of that name."""
+
+    status = 404
+    type = "not_found"
+
+
+class RequestTimeout(NearfarError):
+    """The client took too long to send its body."""
+
+    status = 408
+    type = "timeout"
+
+
+class Overloaded(NearfarError):
+    """The queue is full. `retry_after_s` goes into the Retry-After header."""
+
+    status = 429
+    type = "overloaded"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(NearfarError):
+    """The service is not ready, or is going down."""
+
+    status = 503
+    type = "unavailable"
+    retryable = True
+
+
+class BundleError(Unavailable):
+    """A model folder is missing, damaged, or not one of ours. The message names the file."""
+
+    type = "bundle_error"
+    retryable = False
+
+
+class UpstreamError(NearfarError):
+    """A hosted model failed. The message holds the provider's status, never its body's secrets."""
+
+    status = 502
+    type = "upstream_error"
+    retryable = True

@@ -1,0 +1,112 @@
+"""What comes back: a closed union of events. Exactly one terminal event, Finished or Failed, ends every stream.
+
+A figure that was not measured is None, never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.errors import NearfarError
+
+FinishReason = Literal["stop", "length", "refusal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens. `prompt_tokens` holds all of the prompt, image and cached tokens included."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    image_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Milliseconds of one answer. TTFT runs from the request's arrival to its first non-empty text.
+
+    `tokens_per_second` is (tokens - 1) / decode time: the first token belongs to prefill.
+    """
+
+    queue_ms: float | None = None
+    image_decode_ms: float | None = None
+    preprocess_ms: float | None = None
+    vision_ms: float | None = None
+    prefill_ms: float | None = None
+    ttft_ms: float | None = None
+    decode_ms: float | None = None
+    total_ms: float | None = None
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReport:
+    """What was done to one picture. `detail` names the choice, `sha256` is of the received bytes."""
+
+    width: int
+    height: int
+    used_width: int | None
+    used_height: int | None
+    tiles: int | None
+    tokens: int | None
+    sha256: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """`model_bytes`: the model's files as loaded. `process_peak_bytes`: the largest resident set of its process so far."""
+
+    model_bytes: int | None = None
+    process_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Egress:
+    """What left the device. `bytes_sent` counts request-body bytes; loopback does not leave, yet its bytes are counted."""
+
+    left_device: bool
+    bytes_sent: int
+    destination: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """`usd` is None where no price is known. `basis` says in words what the figure rests on."""
+
+    usd: float | None
+    basis: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDelta:
+    """The next piece of the answer, valid Unicode, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The answer is whole."""
+
+    model: str
+    target: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    images: tuple[ImageReport, ...]
+    memory: Memory
+    egress: Egress
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """No answer, or not all of it."""
+
+    error: NearfarError
+
+
+AnswerEvent = TextDelta | Finished | Failed

@@ -1,0 +1,234 @@
+"""Bytes -> pixels -> tiles, with Pillow and NumPy, equal to transformers' Idefics3ImageProcessor pixel for pixel.
+
+Caps are checked before any decoding. Channel order is [height, width, channel] here and [tile, channel, height, width]
+in what the vision encoder reads; nothing guesses it from a shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from models.errors import BadRequest, InvalidValue, PayloadTooLarge, UnsupportedMedia
+
+Detail = Literal["low", "high", "auto"]
+
+MAX_IMAGE_BYTES = 20 * 2**20
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_SIDE_PX = 32_768
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+REFERENCE_MAX_SIDE_PX = 4096  # the reference processor's absolute bound on a resized side
+
+_OPENED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+_OTHER_FORMATS = (
+    (b"%PDF", "PDF"),
+    (b"8BPS", "PSD"),
+    (b"SIMPLE  =", "FITS"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"BM", "BMP"),
+    (b"\x00\x00\x01\x00", "ICO"),
+)
+
+
+class Grid(NamedTuple):
+    """Tiles per column and row of one picture; 0 x 0 means one global tile alone, as the reference processor has it."""
+
+    rows: int
+    cols: int
+
+    @property
+    def tiles(self) -> int:
+        return self.rows * self.cols + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessing:
+    """A model's image settings, read from `preprocessor_config.json` and the manifest."""
+
+    longest_edge: int
+    tile_px: int
+    auto_tile_px: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class TiledImage(NamedTuple):
+    """One picture as the vision encoder reads it."""
+
+    pixels: npt.NDArray[np.float32]  # [tile, channel, height, width], normalized
+    grid: Grid
+    used_width: int  # of the grid's own pixels: cols * tile_px, or one tile
+    used_height: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodedImage:
+    """A picture after decoding: RGB, upright, first frame, metadata dropped."""
+
+    image: Image.Image
+    sha256: str  # of the received bytes
+
+    @property
+    def width(self) -> int:
+        return self.image.width
+
+    @property
+    def height(self) -> int:
+        return self.image.height
+
+
+def media_type(data: bytes) -> str:
+    """The MIME type by content, never by name: `image/jpeg|png|webp|gif`.
+
+    Raises UnsupportedMedia for known formats that are not opened, BadRequest for anything else.
+    """
+    if not data:
+        raise BadRequest("the image is empty", param="image")
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "image/webp"
+    for magic, mime in zip(_OPENED, ("image/jpeg", "image/png", "image/gif", "image/gif"), strict=True):
+        if data.startswith(magic):
+            return mime
+    head = data[:512].lstrip()
+    other = next((name for magic, name in _OTHER_FORMATS if data.startswith(magic)), None)
+    if data[4:8] == b"ftyp":
+        other = "HEIC or AVIF"
+    elif head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in data[:4096]):
+        other = "SVG"
+    if other:
+        raise UnsupportedMedia(f"{other} is not supported: send JPEG, PNG, WebP or GIF", param="image")
+    raise BadRequest("not an image: the bytes are neither JPEG, PNG, WebP nor GIF", param="image")
+
+
+def decode_image(
+    data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS
+) -> DecodedImage:
+    """Decode JPEG, PNG, WebP or GIF bytes to upright RGB; of an animation, the first frame.
+
+    Size caps are checked on the header, before pixels are decoded. Alpha is laid over white and 16-bit values are
+    scaled to 8, both as a viewer would show them. Colour profiles and all other metadata are dropped.
+    """
+    if len(data) > max_bytes:
+        raise PayloadTooLarge(f"the image has {len(data)} bytes, at most {max_bytes} are read", param="image")
+    media_type(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise PayloadTooLarge(
+                    f"the image has {width}x{height} pixels, at most {max_pixels} are decoded", param="image"
+                )
+            if max(width, height) > MAX_SIDE_PX or min(width, height) < 1:
+                raise BadRequest(f"the image is {width}x{height}: a side may have 1 to {MAX_SIDE_PX}", param="image")
+            opened.load()
+            rgb = _to_rgb(ImageOps.exif_transpose(opened))
+    except (BadRequest, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise PayloadTooLarge("the image would decompress to too many pixels", param="image") from error
+    except Exception as error:  # Pillow raises many kinds for damaged files: OSError, SyntaxError, struct.error, ...
+        raise BadRequest("the image is damaged or truncated and cannot be decoded", param="image") from error
+    return DecodedImage(image=rgb, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        wide = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
+    if image.mode == "RGB":
+        return Image.frombytes("RGB", image.size, image.tobytes())  # without `info`: no profile, no EXIF
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def reference_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:
+    """Width and height after the reference processor's first resize: longest edge exact, the other rounded up to even."""
+    aspect = width / height
+    if width >= height:
+        new_width, new_height = longest_edge, int(longest_edge / aspect)
+        new_height += new_height % 2
+    else:
+        new_height, new_width = longest_edge, int(longest_edge * aspect)
+        new_width += new_width % 2
+    new_width, new_height = max(new_width, 1), max(new_height, 1)
+    aspect = new_width / new_height
+    if new_width >= new_height and new_width > REFERENCE_MAX_SIDE_PX:
+        new_width, new_height = REFERENCE_MAX_SIDE_PX, int(REFERENCE_MAX_SIDE_PX / aspect)
+    elif new_height > new_width and new_height > REFERENCE_MAX_SIDE_PX:
+        new_height, new_width = REFERENCE_MAX_SIDE_PX, int(REFERENCE_MAX_SIDE_PX * aspect)
+    return max(new_width, 1), max(new_height, 1)
+
+
+def reference_grid(width: int, height: int, processing: ImageProcessing) -> Grid:
+    """The tile grid the reference processor cuts a picture into, from its size alone."""
+    tile = processing.tile_px
+    width, height = reference_size(width, height, processing.longest_edge)
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / aspect) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * aspect) / tile) * tile
+    grid = Grid(math.ceil(height / tile), math.ceil(width / tile))
+    return Grid(0, 0) if grid.rows <= 1 and grid.cols <= 1 else grid
+
+
+def choose_grid(width: int, height: int, detail: Detail, processing: ImageProcessing) -> Grid:
+    """The grid for `detail`: `low` one global tile, `high` the reference's, `auto` no more than the pixels fill."""
+    if detail == "low":
+        return Grid(0, 0)
+    reference = reference_grid(width, height, processing)
+    if detail == "high":
+        return reference
+    if detail != "auto":
+        raise InvalidValue(f"detail must be low, high or auto, got {detail!r}", param="detail")
+    rows = min(reference.rows, math.ceil(height / processing.auto_tile_px))
+    cols = min(reference.cols, math.ceil(width / processing.auto_tile_px))
+    return Grid(0, 0) if rows <= 1 and cols <= 1 else Grid(rows, cols)
+
+
+def tile_image(image: Image.Image, detail: Detail, processing: ImageProcessing) -> TiledImage:
+    """Resize and cut an RGB picture. The tiles come row by row, the global view last.
+
+    Two LANCZOS resizes in a row, as the reference does: to the longest edge, then to the grid.
+    """
+    grid = choose_grid(image.width, image.height, detail, processing)
+    tile = processing.tile_px
+    resized = image.resize(
+        reference_size(image.width, image.height, processing.longest_edge), Image.Resampling.LANCZOS
+    )
+    cols, rows = max(grid.cols, 1), max(grid.rows, 1)
+    # The reference processor resizes even where the size fits already; Pillow then copies, so the pixels are equal.
+    resized = resized.resize((cols * tile, rows * tile), Image.Resampling.LANCZOS)
+    views = []
+    if grid.rows:
+        views = [
+            resized.crop((col * tile, row * tile, (col + 1) * tile, (row + 1) * tile))
+            for row in range(rows)
+            for col in range(cols)
+        ]
+        views.append(resized.resize((tile, tile), Image.Resampling.LANCZOS))
+    else:
+        views = [resized]
+    return TiledImage(_normalize(views, processing), grid, cols * tile, rows * tile)
+
+
+def _normalize(views: list[Image.Image], processing: ImageProcessing) -> npt.NDArray[np.float32]:
+    """[tile, channel, height, width] float32. A table of 256 values per channel: exact, and cheaper than arithmetic."""
+    levels = np.arange(256, dtype=np.float64) * (1 / 255)
+    stacked = np.stack([np.asarray(view, dtype=np.uint8) for view in views])
+    channels = [
+        ((levels.astype(np.float32) - np.float32(mean)) / np.float32(std)).astype(np.float32)[stacked[..., channel]]
+        for channel, (mean, std) in enumerate(zip(processing.mean, processing.std, strict=True))
+    ]
+    return np.stack(channels, axis=1)

@@ -1,0 +1,119 @@
+"""Messages -> token ids: the model's chat template in jinja2's sandbox, and each picture's expanded placeholder.
+
+User text never becomes a special token and never changes the number of pictures: before rendering, every special token
+in it is broken by a guard character, which is taken out again once the template's own markers have been found.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from models.errors import BadRequest, BundleError
+from models.images import Grid
+from models.request import ImagePart, Message, TextPart
+from models.tokenizer import TextTokenizer
+
+MAX_TEMPLATE_CHARACTERS = 20_000
+MAX_RENDERED_CHARACTERS = 1_000_000
+IMAGE = "<image>"
+_GUARDS = "\ue000\ue001\ue002\uf8ff"
+
+
+class PromptRenderer:
+    """Renders a bundle's chat template into ids, equal to the reference processor's for text without special tokens."""
+
+    def __init__(self, template: str, tokenizer: TextTokenizer, image_tokens_per_tile: int) -> None:
+        if len(template) > MAX_TEMPLATE_CHARACTERS:
+            raise BundleError(f"the chat template has {len(template)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals.clear()  # no range(), no lipsum(): a template needs its messages and nothing else
+        try:
+            self._template = environment.from_string(template)
+        except TemplateError as error:
+            raise BundleError(f"the chat template does not parse: {error}") from error
+        self._tokenizer = tokenizer
+        self._image_tokens_per_tile = image_tokens_per_tile
+        specials = tokenizer.special_tokens()
+        self._special = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokenizer: TextTokenizer, image_tokens_per_tile: int) -> PromptRenderer:
+        """The template of `chat_template.jinja`, or of `chat_template.json`, or the one in `tokenizer_config.json`."""
+        plain = folder / "chat_template.jinja"
+        if plain.is_file():
+            return cls(plain.read_text(), tokenizer, image_tokens_per_tile)
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            path = folder / name
+            template = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
+            if isinstance(template, str):
+                return cls(template, tokenizer, image_tokens_per_tile)
+        raise BundleError(f"{folder} has no chat template")
+
+    def ids(self, messages: Sequence[Message], grids: Sequence[Grid]) -> list[int]:
+        """Token ids of the whole prompt, the assistant's opening included. `grids`: one per picture, in order."""
+        guard = self._guard_for(messages)
+        rendered = self._render([self._plain(message, guard) for message in messages])
+        pieces = rendered.split(IMAGE)
+        if len(pieces) != len(grids) + 1:
+            raise BadRequest("the chat template of this model does not take pictures in that place", param="messages")
+        expanded = pieces[0] + "".join(
+            image_placeholder(grid, self._image_tokens_per_tile) + piece
+            for grid, piece in zip(grids, pieces[1:], strict=True)
+        )
+        ids: list[int] = []
+        for segment in self._special.split(expanded):
+            if self._special.fullmatch(segment):
+                ids.append(self._tokenizer.marker(segment))
+            elif segment := segment.replace(guard, ""):
+                ids.extend(self._tokenizer.encode_literal(segment))
+        return ids
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            pieces = []
+            size = 0
+            for piece in self._template.generate(messages=messages, add_generation_prompt=True):
+                size += len(piece)
+                if size > MAX_RENDERED_CHARACTERS:
+                    raise BadRequest(f"the prompt has more than {MAX_RENDERED_CHARACTERS} characters", param="prompt")
+                pieces.append(piece)
+        except TemplateError as error:
+            raise BadRequest(f"the chat template refuses these messages: {error}", param="messages") from error
+        return "".join(pieces)
+
+    def _plain(self, message: Message, guard: str) -> dict[str, Any]:
+        content: list[dict[str, str]] = []
+        for part in message.parts:
+            match part:
+                case TextPart(text=text):
+                    # Guards at both ends too: two neighbouring parts, "<ima" and "ge>", must not make one marker.
+                    broken = self._special.sub(lambda found: found[0][0] + guard + found[0][1:], text)
+                    content.append({"type": "text", "text": f"{guard}{broken}{guard}"})
+                case ImagePart():
+                    content.append({"type": "image"})
+        return {"role": message.role, "content": content}
+
+    @staticmethod
+    def _guard_for(messages: Sequence[Message]) -> str:
+        texts = "".join(part.text for message in messages for part in message.parts if isinstance(part, TextPart))
+        guard = next((guard for guard in _GUARDS if guard not in texts), None)
+        if guard is None:
+            raise BadRequest("the text holds too many different private-use characters", param="prompt")
+        return guard
+
+
+def image_placeholder(grid: Grid, tokens_per_tile: int) -> str:
+    """One picture's markers, as the reference processor writes them: tiles row by row, the global view last."""
+    image, fake = IMAGE * tokens_per_tile, "<fake_token_around_image>"
+    rows = "".join(
+        "".join(f"{fake}<row_{row}_col_{col}>{image}" for col in range(1, grid.cols + 1)) + "\n"
+        for row in range(1, grid.rows + 1)
+    )
+    return f"{rows}{chr(10) if grid.rows else ''}{fake}<global-img>{image}{fake}"

@@ -1,0 +1,129 @@
+"""What is asked: messages of text and pictures, how to generate, and how far the input may travel. Knows no HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from models.errors import BadRequest, InvalidValue
+from models.images import Detail
+
+Role = Literal["system", "user", "assistant"]
+Task = Literal["vqa", "caption", "ocr", "document"]
+Policy = Literal["local-only", "prefer-local", "any"]  # from the tightest to the widest
+
+MAX_TOKENS_BOUND = 4096
+MAX_IMAGES = 16
+MAX_PROMPT_CHARACTERS = 200_000
+MAX_STOPS = 16
+TASK_PROMPTS: dict[Task, str] = {
+    "caption": "Describe the image.",
+    "ocr": "Read the text in the image.",
+    "document": "Read the text in the image.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """A piece of a message in words. Special tokens in it are literal text."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_PROMPT_CHARACTERS:
+            raise BadRequest(f"the text has {len(self.text)} characters, at most {MAX_PROMPT_CHARACTERS}", param="prompt")
+        if "\x00" in self.text or any("\ud800" <= character <= "\udfff" for character in self.text):
+            raise BadRequest("the text holds a NUL or a lone surrogate", param="prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePart:
+    """A picture as received: JPEG, PNG, WebP or GIF bytes, not yet decoded."""
+
+    data: bytes = field(repr=False)
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn. A picture before the text is how the models were trained to be asked."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise InvalidValue(f"role must be one of {', '.join(get_args(Role))}, got {self.role!r}", param="messages")
+        if not self.parts:
+            raise BadRequest("a message has no content", param="messages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How the answer is made. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 do not narrow the choice."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_tokens <= MAX_TOKENS_BOUND:
+            raise InvalidValue(f"max_tokens must be 1 to {MAX_TOKENS_BOUND}, got {self.max_tokens}", param="max_tokens")
+        if not 0.0 <= self.temperature <= 2.0:
+            raise InvalidValue(f"temperature must be 0 to 2, got {self.temperature}", param="temperature")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidValue(f"top_p must be above 0 and at most 1, got {self.top_p}", param="top_p")
+        if not 0 <= self.top_k <= 100_000:
+            raise InvalidValue(f"top_k must be 0 to 100000, got {self.top_k}", param="top_k")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InvalidValue("seed must be 0 to 2^63 - 1", param="seed")
+        if len(self.stop) > MAX_STOPS or any(not stop or len(stop) > 200 for stop in self.stop):
+            raise InvalidValue(f"stop takes at most {MAX_STOPS} strings of 1 to 200 characters", param="stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRequest:
+    """One question, ready for any answerer."""
+
+    messages: tuple[Message, ...]
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    detail: Detail = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise BadRequest("there is no message", param="messages")
+        if self.detail not in get_args(Detail):
+            raise InvalidValue(f"detail must be low, high or auto, got {self.detail!r}", param="detail")
+        if len(self.images) > MAX_IMAGES:
+            raise BadRequest(f"{len(self.images)} images, at most {MAX_IMAGES} in one request", param="image")
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """All pictures in the order the prompt shows them."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, ImagePart))
+
+
+def question(
+    prompt: str | None,
+    images: tuple[bytes, ...] = (),
+    *,
+    task: Task = "vqa",
+    settings: GenerationSettings | None = None,
+    detail: Detail = "auto",
+) -> AnswerRequest:
+    """One user turn, pictures first. Without a prompt, the task's own; `vqa` has none and needs one."""
+    if task not in get_args(Task):
+        raise InvalidValue(f"task must be one of {', '.join(get_args(Task))}, got {task!r}", param="task")
+    text = prompt if prompt and prompt.strip() else TASK_PROMPTS.get(task)
+    if text is None:
+        raise BadRequest("prompt is required", param="prompt")
+    parts = (*(ImagePart(data=data) for data in images), TextPart(text=text))
+    return AnswerRequest(
+        messages=(Message(role="user", parts=parts),), settings=settings or GenerationSettings(), detail=detail
+    )

@@ -1,0 +1,1 @@
+"""The service: engine, hosted proxy, HTTP, page, command line."""

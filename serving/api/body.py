@@ -1,0 +1,115 @@
+"""Request bodies: JSON or multipart bytes -> one dictionary of fields and a list of picture bytes.
+
+JSON is strict: no NaN or Infinity, bounded nesting, no duplicate meaning of base64 (the standard alphabet, padded).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from typing import Any, NamedTuple, NoReturn
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from models.errors import BadRequest, InvalidValue, UnsupportedMedia
+from models.request import MAX_IMAGES
+
+MAX_NESTING = 64
+MAX_FIELDS = 64
+
+
+class Fields(NamedTuple):
+    """What a body says. Form values are strings, JSON values have their own types."""
+
+    values: dict[str, Any]
+    images: tuple[bytes, ...]
+
+
+async def read_json(request: Request) -> Any:
+    """The JSON value of the body. Raises UnsupportedMedia, BadRequest, or InvalidValue for NaN and Infinity."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMedia("the content type must be application/json")
+    raw = await request.body()
+    if not _nesting_is_bounded(raw):
+        raise BadRequest(f"the JSON is nested deeper than {MAX_NESTING}")
+    try:
+        return json.loads(raw, parse_constant=_no_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadRequest("the body is not valid JSON") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise InvalidValue("a number has too many digits") from error
+
+
+async def read_fields(request: Request) -> Fields:
+    """The fields of /infer and /compare, from multipart or JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _read_form(request)
+    if kind != "application/json":
+        raise UnsupportedMedia("the content type must be application/json or multipart/form-data")
+    values = await read_json(request)
+    if not isinstance(values, dict):
+        raise BadRequest("the body must be a JSON object")
+    images = values.pop("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise InvalidValue("images must be a list of data URLs", param="images")
+    _check_count(len(images))
+    return Fields(values, tuple(decode_data_url(image, "images") for image in images))
+
+
+async def _read_form(request: Request) -> Fields:
+    try:
+        async with request.form(max_files=MAX_IMAGES + 1, max_fields=MAX_FIELDS) as form:
+            values: dict[str, Any] = {}
+            images: list[bytes] = []
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name != "image":
+                        raise InvalidValue(f"{name}: unknown file field; pictures go into `image`", param=name)
+                    images.append(await value.read())
+                elif name in values:
+                    raise InvalidValue(f"{name} is given twice", param=name)
+                else:
+                    values[name] = value
+    except MultiPartException as error:
+        raise BadRequest(f"the form cannot be read: {error.message}") from error
+    _check_count(len(images))
+    return Fields(values, tuple(images))
+
+
+def decode_data_url(url: str, param: str) -> bytes:
+    """The bytes of `data:image/...;base64,...`. Other URLs are not fetched."""
+    if not url.startswith("data:"):
+        raise BadRequest("only data: URLs are read, nothing is fetched", param=param)
+    head, comma, payload = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise BadRequest("a data URL must read data:<type>;base64,<data>", param=param)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest("the base64 is not valid: standard alphabet, padded, no white space", param=param) from error
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_IMAGES:
+        raise BadRequest(f"{count} images, at most {MAX_IMAGES} in one request", param="image")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise InvalidValue(f"{name} is no JSON number")
+
+
+def _nesting_is_bounded(raw: bytes) -> bool:
+    """Depth of brackets outside strings, without recursion: json.loads recurses and would run out of stack first."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_NESTING:
+        return True
+    depth = 0
+    outside = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    for byte in outside:
+        depth += (byte in b"[{") - (byte in b"]}")
+        if depth > MAX_NESTING:
+            return False
+    return True

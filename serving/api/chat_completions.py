@@ -1,0 +1,188 @@
+"""`/v1/chat/completions` and `/v1/models`: the OpenAI dialect, as far as text, pictures and streaming go.
+
+Unknown fields are ignored, as that dialect's clients expect.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal, assert_never
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.answerer import Answerer, collect
+from models.errors import BadRequest
+from models.events import Failed, Finished, TextDelta, Usage
+from models.images import Detail
+from models.request import MAX_TOKENS_BOUND, AnswerRequest, GenerationSettings, ImagePart, Message, Part, TextPart
+from serving.api.body import decode_data_url, read_json
+from serving.api.errors import invalid_value, openai_error_object
+from serving.api.security import require_key
+from serving.api.streaming import event_stream, unless_client_leaves
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TextContent(_Loose):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Loose):
+    url: str
+    detail: Detail = "auto"
+
+
+class ImageContent(_Loose):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class ChatMessage(_Loose):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[TextContent | ImageContent, Field(discriminator="type")]]
+
+    def to_message(self) -> Message:
+        parts: list[Part] = []
+        for piece in [TextContent(type="text", text=self.content)] if isinstance(self.content, str) else self.content:
+            match piece:
+                case TextContent(text=text):
+                    parts.append(TextPart(text=text))
+                case ImageContent(image_url=image):
+                    parts.append(ImagePart(data=decode_data_url(image.url, "messages")))
+        return Message(role="system" if self.role == "developer" else self.role, parts=tuple(parts))
+
+
+class StreamOptions(_Loose):
+    include_usage: bool = False
+
+
+class ChatBody(_Loose):
+    """What is read of a chat completion request. A field that is null counts as not given."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+    def to_request(self) -> AnswerRequest:
+        """The nouns below HTTP. `max_tokens` is cut to what any model here can take."""
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        settings = GenerationSettings(
+            max_tokens=min(limit, MAX_TOKENS_BOUND) if limit is not None else 256,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            ignore_eos=self.ignore_eos,
+        )
+        details = {
+            piece.image_url.detail
+            for message in self.messages
+            for piece in message.content
+            if isinstance(piece, ImageContent)
+        }
+        if len(details) > 1:
+            raise BadRequest("all pictures of a request have one detail", param="messages")
+        messages = tuple(message.to_message() for message in self.messages)
+        return AnswerRequest(messages=messages, settings=settings, detail=next(iter(details), "auto"))
+
+
+@router.get("/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """What can be served now, the default first."""
+    services = request.app.state.services
+    names = [target.name for target in services.targets().defaults(services.settings.policy)]
+    return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "nearfar"} for name in names]}
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """One chat completion, plainly or streamed."""
+    try:
+        body = ChatBody.model_validate(await read_json(request))
+    except ValidationError as error:
+        raise invalid_value(error) from error
+    services = request.app.state.services
+    target = services.targets().choose(body.model, services.settings.policy)
+    question = body.to_request()
+    if body.stream:
+        return event_stream(_chunks(target.answerer, question, body, request.state.request_id))
+    return JSONResponse(await unless_client_leaves(request, _whole(target.answerer, question)))
+
+
+def _frame(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _usage(usage: Usage) -> dict[str, Any] | None:
+    if usage.prompt_tokens is None or usage.completion_tokens is None:
+        return None
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+    }
+
+
+async def _whole(answerer: Answerer, question: AnswerRequest) -> dict[str, Any]:
+    async with aclosing(answerer.stream(question)) as events:
+        text, finished = await collect(events)
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finished.finish_reason, "logprobs": None}
+    return {**_frame("chat.completion", answerer.name), "choices": [choice], "usage": _usage(finished.usage)}
+
+
+async def _chunks(
+    answerer: Answerer, question: AnswerRequest, body: ChatBody, request_id: str
+) -> AsyncIterator[str]:
+    frame = _frame("chat.completion.chunk", answerer.name)
+
+    def chunk(delta: dict[str, str], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return _data({**frame, "choices": [choice]})
+
+    yield chunk({"role": "assistant", "content": ""})
+    async with aclosing(answerer.stream(question)) as events:
+        async for event in events:
+            match event:
+                case TextDelta(text=text):
+                    yield chunk({"content": text})
+                case Finished(finish_reason=reason, usage=usage):
+                    yield chunk({}, reason)
+                    if body.stream_options.include_usage:
+                        yield _data({**frame, "choices": [], "usage": _usage(usage)})
+                    yield "data: [DONE]\n\n"
+                case Failed(error=error):  # no [DONE] after it: a cut answer must not look whole
+                    yield _data({"error": openai_error_object(error, request_id)})
+                case _:
+                    assert_never(event)
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

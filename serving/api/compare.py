@@ -1,0 +1,66 @@
+"""`POST /compare`: one question, several targets, measured side by side."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, assert_never
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from comparisons.runner import ArmDelta, ArmFinished, Compared, CompareEvent, compare
+from models.errors import NearfarError
+from serving.api.body import read_fields
+from serving.api.schemas import CompareBody, comparison_object, parse, result_object, sse
+from serving.api.security import require_key
+from serving.api.streaming import event_stream, unless_client_leaves
+from serving.targets import effective_policy
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post("/compare")
+async def compare_targets(request: Request) -> Response:
+    """Ask every target the same and say how the answers and their figures differ."""
+    fields = await read_fields(request)
+    body = parse(CompareBody, fields)
+    services = request.app.state.services
+    policy = effective_policy(services.settings.policy, body.policy)
+    chosen = services.targets().choose_several(body.targets, policy)
+    events = compare(
+        body.to_request(fields.images),
+        [target.answerer for target in chosen],
+        reference=body.reference,
+        parallel=body.parallel,
+        rng=random.SystemRandom(),
+        comparison_id=f"cmp_{secrets.token_hex(8)}",
+    )
+    if body.stream:
+        return event_stream(_written(events, request.state.request_id))
+    return JSONResponse(await unless_client_leaves(request, _whole(events, request.state.request_id)))
+
+
+async def _whole(events: AsyncIterator[CompareEvent], request_id: str) -> dict[str, Any]:
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Compared):
+                return comparison_object(event.comparison, request_id)
+    raise NearfarError("the comparison ended without a result")
+
+
+async def _written(events: AsyncIterator[CompareEvent], request_id: str) -> AsyncIterator[str]:
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case ArmDelta(target=target, text=text):
+                    yield sse("delta", {"target": target, "text": text})
+                case ArmFinished(result=result):
+                    kind = "error" if result.finished is None else "finished"
+                    yield sse(kind, result_object(f"inf_{secrets.token_hex(8)}", result, request_id))
+                case Compared(comparison=comparison):
+                    yield sse("comparison", comparison_object(comparison, request_id))
+                case _:
+                    assert_never(event)

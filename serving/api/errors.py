@@ -1,0 +1,68 @@
+"""Errors as each dialect has them, with a request id. A message repeats neither picture nor key."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from models.errors import BadRequest, InvalidValue, NearfarError, Overloaded
+
+log = logging.getLogger("nearfar.api")
+
+
+def error_object(error: NearfarError, request_id: str) -> dict[str, Any]:
+    """The contract's object: type, message, param, request_id."""
+    return {"type": error.type, "message": error.message, "param": error.param, "request_id": request_id}
+
+
+def openai_error_object(error: NearfarError, request_id: str) -> dict[str, Any]:
+    """The same in the OpenAI dialect, where value errors are plain invalid requests."""
+    is_request = isinstance(error, BadRequest)
+    kind = "invalid_request_error" if is_request else error.type
+    return {"type": kind, "message": error.message, "param": error.param, "code": error.type, "request_id": request_id}
+
+
+def error_response(error: NearfarError, path: str, request_id: str) -> Response:
+    """The response to a failed request on that path."""
+    openai = path.startswith("/v1/")
+    status = 400 if openai and isinstance(error, InvalidValue) else error.status
+    body = openai_error_object(error, request_id) if openai else error_object(error, request_id)
+    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Overloaded) else {}
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+def invalid_value(error: ValidationError) -> InvalidValue:
+    """The first thing pydantic found, without the value it found it in."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(step) for step in first["loc"])
+    message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
+    return InvalidValue(f"{where}: {message}" if where else message, param=where or None)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every way in which a request can fail ends in `error_response`."""
+
+    def respond(request: Request, error: NearfarError) -> Response:
+        return error_response(error, request.url.path, request.state.request_id)
+
+    @app.exception_handler(NearfarError)
+    async def known(request: Request, error: NearfarError) -> Response:
+        return respond(request, error)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        wrapped = NearfarError(str(error.detail))
+        kinds = {404: "not_found", 405: "method_not_allowed"}
+        body = {"type": kinds.get(error.status_code, "invalid_request"), "message": wrapped.message, "param": None}
+        response = {"error": {**body, "request_id": request.state.request_id}}
+        return JSONResponse(response, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+        return respond(request, NearfarError("an unexpected error; the log says more under this request id"))

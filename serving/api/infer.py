@@ -1,0 +1,63 @@
+"""`POST /infer`: one question, one target."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, assert_never
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from models.answerer import Answerer, collect
+from models.events import Failed, Finished, TextDelta
+from models.request import AnswerRequest
+from serving.api.body import read_fields
+from serving.api.errors import error_object
+from serving.api.schemas import InferBody, answer_object, parse, sse
+from serving.api.security import require_key
+from serving.api.streaming import event_stream, unless_client_leaves
+from serving.targets import effective_policy
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post("/infer")
+async def infer(request: Request) -> Response:
+    """Answer a question about pictures, plainly or as server-sent events."""
+    fields = await read_fields(request)
+    body = parse(InferBody, fields)
+    services = request.app.state.services
+    policy = effective_policy(services.settings.policy, body.policy)
+    target = services.targets().choose(body.model, policy)
+    question = body.to_request(fields.images)
+    answer_id = f"inf_{secrets.token_hex(8)}"
+    if body.stream:
+        return event_stream(_events(answer_id, target.answerer, question, request.state.request_id))
+    answer = await unless_client_leaves(request, _whole(answer_id, target.answerer, question))
+    return JSONResponse(answer)
+
+
+async def _whole(answer_id: str, answerer: Answerer, question: AnswerRequest) -> dict[str, Any]:
+    async with aclosing(answerer.stream(question)) as events:
+        text, finished = await collect(events)
+    return answer_object(answer_id, text, finished)
+
+
+async def _events(
+    answer_id: str, answerer: Answerer, question: AnswerRequest, request_id: str
+) -> AsyncIterator[str]:
+    pieces: list[str] = []
+    async with aclosing(answerer.stream(question)) as events:
+        async for event in events:
+            match event:
+                case TextDelta(text=text):
+                    pieces.append(text)
+                    yield sse("delta", {"text": text})
+                case Finished():
+                    yield sse("finished", answer_object(answer_id, "".join(pieces), event))
+                case Failed(error=error):
+                    yield sse("error", {"error": error_object(error, request_id)})
+                case _:
+                    assert_never(event)

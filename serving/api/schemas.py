@@ -1,0 +1,145 @@
+"""The contract's JSON objects: request bodies checked by pydantic, answers written out field by field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from comparisons.runner import ArmResult, Comparison
+from models.bundle import Bundle
+from models.errors import InvalidValue
+from models.events import Finished
+from models.images import Detail
+from models.request import AnswerRequest, GenerationSettings, Policy, Task, question
+from serving.api.body import Fields
+from serving.api.errors import error_object, invalid_value
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class InferBody(BaseModel):
+    """Fields of `POST /infer`. Values of a form are strings and are converted; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str | None = None
+    model: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+    stream: bool = False
+    detail: Detail = "auto"
+    task: Task = "vqa"
+    policy: Policy | None = None
+    response_format: dict[str, Any] | None = None
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            raise ValueError("must be a JSON object") from error
+
+    @field_validator("response_format")
+    @classmethod
+    def _only_text(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and value != {"type": "text"}:
+            raise ValueError('only {"type": "text"} can be answered so far')
+        return value
+
+    def to_request(self, images: tuple[bytes, ...]) -> AnswerRequest:
+        """The nouns below HTTP. Raises BadRequest and InvalidValue."""
+        settings = GenerationSettings(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
+        return question(self.prompt, images, task=self.task, settings=settings, detail=self.detail)
+
+
+class CompareBody(InferBody):
+    """Fields of `POST /compare`."""
+
+    targets: tuple[str, ...] = ()
+    reference: str | None = None
+    parallel: bool = False
+    model: None = None
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def parse(kind: type[Body], fields: Fields) -> Body:
+    """Check a body's fields. Raises InvalidValue that names the first wrong one."""
+    try:
+        return kind.model_validate(fields.values)
+    except ValidationError as error:
+        raise invalid_value(error) from error
+
+
+def answer_object(answer_id: str, text: str, finished: Finished) -> dict[str, Any]:
+    """The object of `POST /infer`."""
+    return {
+        "id": answer_id,
+        "model": finished.model,
+        "target": finished.target,
+        "text": text,
+        "finish_reason": finished.finish_reason,
+        "usage": asdict(finished.usage),
+        "timings": _rounded(asdict(finished.timings)),
+        "images": [asdict(image) for image in finished.images],
+        "memory": asdict(finished.memory),
+        "egress": asdict(finished.egress),
+        "cost": asdict(finished.cost),
+    }
+
+
+def result_object(answer_id: str, result: ArmResult, request_id: str) -> dict[str, Any]:
+    """One target's part of a comparison, flat."""
+    place = {"target": result.target, "order": result.order, "contended": result.contended}
+    if result.finished is None or result.text is None:
+        error = result.error or InvalidValue("no answer")
+        return {"ok": False, **place, "error": error_object(error, request_id)}
+    return {"ok": True, **answer_object(answer_id, result.text, result.finished), **place, "correct": result.correct}
+
+
+def comparison_object(comparison: Comparison, request_id: str) -> dict[str, Any]:
+    """The object of `POST /compare`."""
+    return {
+        "id": comparison.comparison_id,
+        "results": [
+            result_object(f"{comparison.comparison_id}_{place}", result, request_id)
+            for place, result in enumerate(comparison.results)
+        ],
+        "tradeoff": asdict(comparison.tradeoff),
+        "verdict": asdict(comparison.verdict),
+    }
+
+
+def model_object(bundle: Bundle) -> dict[str, Any]:
+    """One row of `GET /models`: source, licence, shapes, bytes and measured quality, as the manifest says."""
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "recipe": manifest.recipe,
+        "target": bundle.target,
+        "parameters": manifest.shapes.parameters,
+        "bytes": bundle.model_bytes,
+        "source": manifest.source.model_dump(),
+        "quality": manifest.quality,
+        "notice": manifest.notice,
+    }
+
+
+def _rounded(figures: dict[str, float | None]) -> dict[str, float | None]:
+    """Three decimals: a microsecond, below which these clocks say nothing."""
+    return {name: None if value is None else round(value, 3) for name, value in figures.items()}
+
+
+def sse(event: str, data: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
+
+

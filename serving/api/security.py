@@ -1,0 +1,126 @@
+"""What stands before every route: Host allow-list, cross-site rule, body caps, request ids; and the key check of routes."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import secrets
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import Forbidden, NearfarError, PayloadTooLarge, RequestTimeout
+from serving.api.errors import error_response
+from serving.settings import Settings
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Unauthorized(NearfarError):
+    """No valid API key came with the request."""
+
+    status = 401
+    type = "unauthorized"
+
+
+async def require_key(request: Request) -> None:
+    """A route's dependency: with keys configured, one must come as Bearer token or `x-api-key`."""
+    keys: tuple[str, ...] = request.app.state.settings.api_keys
+    if not keys:
+        return
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    offered = request.headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
+    # Compared in constant time, and all of them, so that time tells nothing about a key.
+    if not any([hmac.compare_digest(offered.encode(), key.encode()) for key in keys]):
+        raise Unauthorized("a valid API key is required, as Authorization: Bearer or x-api-key")
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header, lower-case, without its port."""
+    header = header.strip().lower()
+    if header.startswith("["):
+        return header.partition("]")[0] + "]"
+    return header.partition(":")[0]
+
+
+class Guard:
+    """ASGI middleware. A refusal is answered here; what passes gets an id and a `receive` that counts and times the body."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        offered = headers.get("x-request-id", "")
+        request_id = offered if _REQUEST_ID.fullmatch(offered) else f"req_{secrets.token_hex(8)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        refusal = self._refusal(scope, headers)
+        if refusal:
+            await error_response(refusal, scope["path"], request_id)(scope, receive, send_with_id)
+        else:
+            await self._app(scope, self._bounded(receive), send_with_id)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> NearfarError | None:
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or host_name(hosts[0]) not in self._settings.host_names:
+            return Forbidden("this Host is not served: add it with NEARFAR_ALLOWED_HOSTS")  # against DNS rebinding
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers, hosts[0]):
+            return Forbidden("a cross-site request is refused")  # a multipart POST needs no preflight
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+            return PayloadTooLarge(f"the body has {length} bytes, at most {self._settings.max_body_bytes} are read")
+        return None
+
+    def _bounded(self, receive: Receive) -> Receive:
+        seen = 0
+        whole = False
+        deadline: float | None = None
+
+        async def bounded() -> Message:
+            nonlocal seen, whole, deadline
+            if whole:  # after the body, `receive` waits for the client's leaving, however long that takes
+                return await receive()
+            loop = asyncio.get_running_loop()
+            deadline = deadline or loop.time() + self._settings.body_timeout_s
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise RequestTimeout(f"the body took longer than {self._settings.body_timeout_s:g} s") from error
+            seen += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if seen > self._settings.max_body_bytes:
+                raise PayloadTooLarge(f"the body has more than {self._settings.max_body_bytes} bytes")
+            return message
+
+        return bounded
+
+
+def _is_cross_site(headers: Headers, host: str) -> bool:
+    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return True
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+
+
+SECURITY_HEADERS: dict[str, Any] = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}

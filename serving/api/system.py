@@ -1,0 +1,100 @@
+"""What the service has and how it is: `/models`, `/targets`, `/health`, `/ready`, the page and its samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from models.errors import NotFound
+from serving.api.schemas import model_object
+from serving.api.security import SECURITY_HEADERS, require_key
+from serving.targets import allows
+
+router = APIRouter()
+keyed = APIRouter(dependencies=[Depends(require_key)])
+PAGE = Path(__file__).resolve().parent.parent / "page"
+SAMPLES = Path(__file__).resolve().parent.parent.parent / "models" / "tiny_scenes" / "samples"
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 when every model is loaded and warm; 503 with the reason until then."""
+    reason = request.app.state.services.not_ready()
+    if reason:
+        return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+    return JSONResponse({"status": "ready"})
+
+
+@keyed.get("/targets")
+async def targets(request: Request) -> dict[str, list[dict[str, Any]]]:
+    """Everything that can be named, the default first, and whether the server's policy allows it."""
+    services = request.app.state.services
+    policy = services.settings.policy
+    listed = list(services.targets())
+    defaults = services.targets().defaults(policy)
+    return {
+        "targets": [
+            {
+                "name": target.name,
+                "kind": target.kind,
+                "model": target.model,
+                "recipe": target.recipe,
+                "default": target is defaults[0],
+                "allowed": allows(policy, target),
+                "compared_by_default": target in defaults,
+                "leaves_device": target.leaves_device,
+                "destination": target.destination,
+                "notice": target.notice,
+            }
+            for target in listed
+        ]
+    }
+
+
+@keyed.get("/models")
+async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
+    """The bundles that are loaded."""
+    return {"models": [model_object(bundle) for bundle in request.app.state.services.bundles()]}
+
+
+@router.get("/")
+async def page() -> Response:
+    """The page."""
+    return FileResponse(PAGE / "index.html", headers=SECURITY_HEADERS)
+
+
+@router.get("/page/{name}")
+async def page_file(name: str) -> Response:
+    """The page's scripts and styles."""
+    return _file(PAGE, name, (".js", ".css", ".svg"))
+
+
+@router.get("/samples")
+async def samples() -> dict[str, list[dict[str, str]]]:
+    """The bundled pictures, each with a question and its right answer."""
+    rows = json.loads((SAMPLES / "samples.json").read_text())
+    return {"samples": [{**row, "url": f"/samples/{row['file']}"} for row in rows]}
+
+
+@router.get("/samples/{name}")
+async def sample(name: str) -> Response:
+    """One bundled picture."""
+    return _file(SAMPLES, name, (".png",))
+
+
+def _file(folder: Path, name: str, suffixes: tuple[str, ...]) -> Response:
+    # Only names that the folder lists: no path arithmetic on what a client sent.
+    known = {path.name: path for path in folder.iterdir() if path.suffix in suffixes}
+    if name not in known:
+        raise NotFound("there is no such file")
+    return FileResponse(known[name], headers=SECURITY_HEADERS | {"cache-control": "no-cache"})

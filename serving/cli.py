@@ -1,0 +1,260 @@
+"""The command line. Each command parses, calls and prints; `export` is reached lazily, so torch is never needed to serve."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from rich.console import Console
+
+from models.bundle import Bundle
+from models.errors import NearfarError
+from models.request import GenerationSettings, Policy, Task, question
+from serving.settings import Settings
+
+app = typer.Typer(
+    name="nearfar",
+    help="Questions about images, answered on this machine, and beside it what a hosted model answers, costs and sees.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ModelsOption = Annotated[
+    list[str] | None, typer.Option("--model", help="embedded model or bundle folder; repeatable, the first is the default")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="print the HTTP object")]
+
+
+def settings_from(**overrides: Any) -> Settings:
+    """Settings of the environment with the given options over them. Raises SystemExit(2) with one line."""
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value not in (None, (), [])})
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", status=2)
+
+
+def fail(message: str, *, status: int = 1) -> NoReturn:
+    """One line on stderr and the exit status."""
+    print(f"nearfar: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="address to listen on  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one  [default: 8000]")] = None,
+    model: ModelsOption = None,
+    endpoint: Annotated[
+        list[str] | None, typer.Option(help="OpenAI-compatible endpoint NAME=URL,MODEL to compare with; repeatable")
+    ] = None,
+    policy: Annotated[Policy | None, typer.Option(help="how far inputs may travel  [default: local-only]")] = None,
+    threads: Annotated[int | None, typer.Option(help="threads per model  [default: one a core]")] = None,
+    allow_anonymous: Annotated[bool | None, typer.Option("--allow-anonymous", help="serve other machines keyless")] = None,
+) -> None:
+    """Serve POST /infer, POST /compare, the /v1 dialect and the page."""
+    settings = settings_from(
+        host=host,
+        port=port,
+        models=tuple(model or ()),
+        endpoints=tuple(endpoint or ()),
+        policy=policy,
+        threads=threads,
+        allow_anonymous=allow_anonymous,
+    )
+    refusal = settings.refusal_to_bind()
+    if refusal:
+        fail(refusal, status=2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run_server(settings)
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, let running answers end, leave with status 0."""
+    from serving.app import create_app
+
+    application = create_app(settings)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            application.state.services.stop_accepting()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        application,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_s,
+    )
+
+    def leave(_signal: int, _frame: object) -> NoReturn:  # uvicorn raises the signal again after its own shutdown
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+    Server(config).run()
+
+
+@app.command()
+def infer(
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP or GIF")],
+    prompt: Annotated[str | None, typer.Argument(help="the question; may be left out with --task caption or ocr")] = None,
+    model: Annotated[str | None, typer.Option(help="target name or bundle folder")] = None,
+    task: Annotated[Task, typer.Option()] = "vqa",
+    detail: Annotated[str, typer.Option(help="low, high or auto")] = "auto",
+    max_tokens: Annotated[int, typer.Option()] = 256,
+    temperature: Annotated[float, typer.Option()] = 0.0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer one question about one picture, on this machine."""
+    from serving.once import infer_once
+
+    request = _request(image, prompt, task, detail, max_tokens, temperature, seed)
+    bundle = model is not None and Path(model).is_dir()  # loaded in place of the embedded models
+    settings = settings_from(models=(model,) if bundle else ())
+    result = _run(infer_once(settings, os.environ, request, None if bundle else model))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+    else:
+        print(result["text"])
+
+
+@app.command()
+def compare(
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP or GIF")],
+    prompt: Annotated[str | None, typer.Argument(help="the question")] = None,
+    targets: Annotated[str, typer.Option(help="comma-separated target names  [default: all the policy allows]")] = "",
+    reference: Annotated[str | None, typer.Option(help="the right answer")] = None,
+    policy: Annotated[Policy | None, typer.Option(help="how far the picture may travel  [default: local-only]")] = None,
+    endpoint: Annotated[list[str] | None, typer.Option(help="OpenAI-compatible endpoint NAME=URL,MODEL")] = None,
+    task: Annotated[Task, typer.Option()] = "vqa",
+    detail: Annotated[str, typer.Option(help="low, high or auto")] = "auto",
+    max_tokens: Annotated[int, typer.Option()] = 256,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask several targets the same and show how answers and figures differ."""
+    from serving.once import compare_once
+    from serving.tables import comparison_table
+
+    request = _request(image, prompt, task, detail, max_tokens, 0.0, None)
+    settings = settings_from(policy=policy, endpoints=tuple(endpoint or ()))
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    with Console(stderr=True).status("loading the models") as status:
+        def show(event: object) -> None:
+            done = getattr(event, "result", None)
+            if done is not None:
+                status.update(f"{done.target} has answered")
+
+        result = _run(compare_once(settings, os.environ, request, names, reference=reference, on_event=show))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+    else:
+        comparison_table(result, Console())
+    if not any(each["ok"] for each in result["results"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
+    """List the models that can be served, with source, size and measured quality."""
+    from serving.app import model_folders
+    from serving.api.schemas import model_object
+    from serving.tables import models_table
+
+    try:
+        rows = [model_object(Bundle.load(folder)) for folder in model_folders(tuple(model or ()))]
+    except NearfarError as error:
+        fail(error.message)
+    if as_json:
+        print(json.dumps({"models": rows}, indent=2))
+    else:
+        models_table(rows, Console())
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="checkpoint folder of a SmolVLM or Idefics3 model, safetensors")],
+    out: Annotated[Path, typer.Option(help="bundle folder to make")],
+    recipe: Annotated[str, typer.Option(help="fp32, int8 or int4")] = "int8",
+    name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,
+    license: Annotated[str | None, typer.Option(help="licence of the weights, for the manifest")] = None,
+    auto_tile_px: Annotated[int | None, typer.Option(help="picture pixels per tile at detail=auto  [default: the tile]")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a bundle that is there")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn a checkpoint into a verified, quantized bundle. A failed quality gate leaves nothing and exits 1."""
+    try:
+        from export.bundling import export_bundle
+    except ModuleNotFoundError as error:
+        fail(f"export needs more packages ({error.name} is missing): pip install 'nearfar[export]'")
+    try:
+        manifest = export_bundle(
+            source, recipe=recipe, out=out, name=name, license=license, auto_tile_px=auto_tile_px, overwrite=overwrite
+        )
+    except NearfarError as error:
+        fail(error.message)
+    if as_json:
+        print(manifest.model_dump_json(indent=2))
+    else:
+        size = sum(entry.bytes for entry in manifest.files.values())
+        print(f"{out}: {manifest.name}@{manifest.recipe}, {size / 1e6:.1f} MB")
+        for measure, value in manifest.quality.items():
+            print(f"  {measure}: {value}")
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="keep serving and print the page's address")] = False,
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
+) -> None:
+    """Start the service, ask it about a bundled picture, show both answers side by side."""
+    from serving.demo import run_demo
+
+    try:
+        run_demo(keep=keep, port=port, console=Console())
+    except NearfarError as error:
+        fail(error.message)
+
+
+def _request(
+    image: Path, prompt: str | None, task: Task, detail: str, max_tokens: int, temperature: float, seed: int | None
+) -> Any:
+    try:
+        data = image.read_bytes()
+    except OSError as error:
+        fail(f"{image}: {error.strerror}", status=2)
+    try:
+        settings = GenerationSettings(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return question(prompt, (data,), task=task, settings=settings, detail=detail)  # type: ignore[arg-type]
+    except NearfarError as error:
+        fail(error.message, status=2)
+
+
+def _run(work: Any) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = asyncio.run(work)
+    except NearfarError as error:
+        fail(error.message)
+    return result
+
+
+def main() -> None:
+    """Entry point of the `nearfar` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

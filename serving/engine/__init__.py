@@ -1,0 +1,1 @@
+"""The local engine: requests become sequences, one thread runs their models, events go back."""

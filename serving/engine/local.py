@@ -1,0 +1,102 @@
+"""A model on this machine as an Answerer: admission, worker threads, the engine's thread, events back on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from comparisons.cost import LOCAL_COST
+from models.answerer import AnswerEvent
+from models.errors import NearfarError, Overloaded
+from models.events import Egress, Failed, Finished, Memory, TextDelta
+from models.request import AnswerRequest
+from serving.engine.loop import EngineLoop, Job
+from serving.engine.prepare import LoadedModel, prepare
+from serving.engine.sequence import Sequence
+
+PREPARATION_THREADS = 2
+
+
+class LocalEngine:
+    """One per process: the loop, the worker threads and the count of requests in hand, shared by all local models."""
+
+    def __init__(self, *, max_waiting: int, max_running: int) -> None:
+        self.loop = EngineLoop(max_running=max_running)
+        self.workers = ThreadPoolExecutor(PREPARATION_THREADS, thread_name_prefix="nearfar-prepare")
+        self.max_waiting = max_waiting
+        self.in_hand = 0
+
+    def close(self) -> None:
+        """End the threads; running answers end in Failed."""
+        self.loop.close()
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+
+class LocalAnswerer:
+    """Answers with one loaded model."""
+
+    def __init__(
+        self, model: LoadedModel, engine: LocalEngine, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._model, self._engine, self._clock = model, engine, clock
+
+    @property
+    def name(self) -> str:
+        return self._model.bundle.target
+
+    async def aclose(self) -> None:
+        """Nothing of its own: the engine is closed by whoever made it."""
+
+    async def stream(self, request: AnswerRequest) -> AsyncIterator[AnswerEvent]:
+        """Text as it is decoded, then Finished or Failed. Closing it early cancels the sequence within one step."""
+        arrived = self._clock()
+        if self._engine.in_hand >= self._engine.max_waiting:
+            yield Failed(error=Overloaded(f"{self._engine.in_hand} requests are waiting; try again shortly"))
+            return
+        self._engine.in_hand += 1
+        sequence: Sequence | None = None
+        try:
+            event_loop = asyncio.get_running_loop()
+            prompt = await event_loop.run_in_executor(
+                self._engine.workers, prepare, self._model, request, self._clock
+            )
+            sequence = Sequence(self._model, prompt, request.settings, arrived=arrived, clock=self._clock)
+            events: asyncio.Queue[str | NearfarError | None] = asyncio.Queue()
+
+            def tell(event: str | NearfarError | None) -> None:
+                event_loop.call_soon_threadsafe(events.put_nowait, event)
+
+            self._engine.loop.submit(Job(sequence=sequence, on_text=tell, on_end=tell))
+            while isinstance(event := await events.get(), str):
+                yield TextDelta(text=event)
+            yield Failed(error=event) if event else self._finished(sequence)
+        except NearfarError as error:
+            yield Failed(error=error)
+        finally:
+            self._engine.in_hand -= 1
+            if sequence:
+                sequence.cancelled = True
+
+    def _finished(self, sequence: Sequence) -> Finished:
+        assert sequence.finish_reason is not None
+        return Finished(
+            model=self._model.bundle.manifest.name,
+            target=self.name,
+            finish_reason=sequence.finish_reason,
+            usage=sequence.usage(),
+            timings=sequence.timings(),
+            images=sequence.prompt.images,
+            memory=Memory(model_bytes=self._model.bundle.model_bytes, process_peak_bytes=process_peak_bytes()),
+            egress=Egress(left_device=False, bytes_sent=0, destination=None),
+            cost=LOCAL_COST,
+        )
+
+
+def process_peak_bytes() -> int:
+    """The largest resident set this process has had. Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""Hosted models as answerers. The provider SDKs live here and nowhere else."""

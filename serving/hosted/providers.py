@@ -1,0 +1,130 @@
+"""Hosted providers as rows of data, and which of them can be used now. Knows no SDK and holds no key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from comparisons.egress import leaves_device
+from models.errors import InvalidValue
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One endpoint that speaks OpenAI chat completions. Its targets are `<name>/<model>`.
+
+    `api_key_env` names the variable that holds the key; None: it needs none. `price_provider` is genai-prices' name for
+    it. `fixed_sampling`: models whose name starts so refuse temperature and top_p, and are asked without them.
+    """
+
+    name: str
+    base_url: str
+    models: tuple[str, ...]
+    api_key_env: str | None = None
+    price_provider: str | None = None
+    label: str | None = None
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    fixed_sampling: tuple[str, ...] = ()
+
+    @property
+    def leaves_device(self) -> bool:
+        """By the URL's host; what an answer reports follows the address it was connected to."""
+        return leaves_device(self.base_url)
+
+    @property
+    def destination(self) -> str:
+        """`host:port`."""
+        url = urlsplit(self.base_url)
+        host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+        return f"{host}:{url.port or {'http': 80}.get(url.scheme, 443)}"
+
+    @property
+    def description(self) -> str:
+        """For people: who it is, and where it runs."""
+        where = f"at {self.destination}" if self.leaves_device else f"on this device, {self.destination}"
+        return f"{self.label or self.name}, {where}"
+
+
+# Models: they see pictures, genai-prices knows their price, and by default they answer at temperature 0 without hidden
+# thinking, so that they compare fairly. A model is added by its name.
+PROVIDERS = (
+    Provider(
+        name="openai",
+        base_url="https://api.openai.com/v1",
+        models=("gpt-4.1-mini", "gpt-4.1"),
+        api_key_env="OPENAI_API_KEY",
+        price_provider="openai",
+        label="OpenAI",
+        max_tokens_field="max_completion_tokens",
+        fixed_sampling=("o1", "o3", "o4", "gpt-5", "gpt-6"),
+    ),
+    Provider(
+        name="gemini",
+        base_url="https://generativelanguage.googleapis.com/v1beta/openai",
+        models=("gemini-3.5-flash-lite",),
+        api_key_env="GEMINI_API_KEY",
+        price_provider="google",
+        label="Google Gemini",
+    ),
+    Provider(
+        name="openrouter",
+        base_url="https://openrouter.ai/api/v1",
+        models=("qwen/qwen3-vl-8b-instruct",),
+        api_key_env="OPENROUTER_API_KEY",
+        price_provider="openrouter",
+        label="OpenRouter",
+    ),
+)
+
+
+class Available(NamedTuple):
+    """A provider that can be asked now. The key stays out of any repr."""
+
+    provider: Provider
+    key: str
+
+    def __repr__(self) -> str:
+        return f"Available({self.provider.name!r})"
+
+
+def parse_endpoint(text: str) -> Provider:
+    """An endpoint of the user's own: `far=http://127.0.0.1:9001/v1,tiny-scenes@fp32` is NAME=URL,MODEL[,MODEL].
+
+    Raises InvalidValue. Its message never repeats the URL, which may hold a password.
+    """
+    name, _, rest = text.strip().partition("=")
+    base_url, *models = [piece.strip() for piece in rest.split(",")]
+    if not _NAME.fullmatch(name) or name == "local":
+        raise _malformed("NAME is lower-case letters, digits, dots and dashes, and not 'local'")
+    try:
+        url = urlsplit(base_url)
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        good = False
+    if not good or any(character.isspace() for character in base_url):
+        raise _malformed("URL begins with http:// or https:// and a host")
+    if url.username or url.password or url.query or url.fragment:
+        raise _malformed("URL has no password, query or fragment")
+    if not models or not all(models) or any(character.isspace() for model in models for character in model):
+        raise _malformed("at least one MODEL follows the URL")
+    return Provider(name=name, base_url=base_url.rstrip("/"), models=tuple(dict.fromkeys(models)))
+
+
+def available(providers: Sequence[Provider], environment: Mapping[str, str]) -> list[Available]:
+    """Those that need no key, and those whose key is set in `environment`. Being available does not enable one."""
+    found = []
+    for provider in providers:
+        # The SDK insists on a key; endpoints without one get a word that is no secret.
+        key = environment.get(provider.api_key_env, "").strip() if provider.api_key_env else "none"
+        if key:
+            found.append(Available(provider, key))
+    return found
+
+
+def _malformed(why: str) -> InvalidValue:
+    return InvalidValue(f"an endpoint is NAME=URL,MODEL[,MODEL]: {why}", param="endpoints")

@@ -1,0 +1,124 @@
+"""The SDK's client, and what it measures: body bytes sent, address connected to. Import it late: it needs the extra."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import openai
+
+from comparisons.egress import is_loopback_address
+from models.errors import NearfarError, UpstreamError
+from serving.hosted.chat_completions import BrokenOff, NotAChunk
+from serving.hosted.providers import Provider
+from serving.hosted.redaction import quotable
+
+# The SDK adds headers that describe this machine, and takes more from OPENAI_* variables, credentials for OpenAI among
+# them, whatever host it talks to. Only these leave. The last one the SDK itself reads again.
+HEADERS = frozenset(
+    "host accept accept-encoding connection content-type content-length transfer-encoding".split()
+    + ["x-stainless-raw-response"]
+)
+STATUS_MEANINGS = {
+    400: "the request was refused",
+    401: "the key was refused",
+    402: "payment is required",
+    403: "access is forbidden",
+    404: "no such model or path",
+    413: "the request is too large",
+    422: "the request was refused",
+    429: "rate or spending limit",
+}
+
+
+class MeasuredBody(httpx2.AsyncByteStream):
+    """A request's body that counts its bytes as they are written, and remembers where to."""
+
+    def __init__(self, body: httpx2.AsyncByteStream) -> None:
+        self._body = body
+        self.sent = 0
+        self.server_address: object = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._body:
+            yield chunk
+            self.sent += len(chunk)
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+def open_client(provider: Provider, key: str, *, connect_s: float) -> openai.AsyncOpenAI:
+    """A client for one provider. It neither retries nor follows redirects, and asks loopback past any proxy."""
+
+    async def measure(request: httpx2.Request) -> None:
+        for name in [name for name in request.headers if name.lower() not in HEADERS]:
+            del request.headers[name]
+        request.headers["authorization"] = f"Bearer {key}"
+        request.headers["user-agent"] = "nearfar"
+        if isinstance(request.stream, httpx2.AsyncByteStream):
+            request.stream = MeasuredBody(request.stream)
+
+    async def note_address(response: httpx2.Response) -> None:
+        stream, body = response.extensions.get("network_stream"), response.request.stream
+        if stream is not None and isinstance(body, MeasuredBody):
+            try:
+                body.server_address = stream.get_extra_info("server_addr")
+            except OSError:  # the peer is gone already; the URL's host has to do
+                body.server_address = None
+
+    # Reading and writing have no limit here: the deadlines for first and next text are kept by the answerer, where
+    # pings and comments do not reset them.
+    timeout = httpx2.Timeout(None, connect=connect_s)
+    http_client = httpx2.AsyncClient(
+        timeout=timeout,
+        trust_env=provider.leaves_device,
+        follow_redirects=False,
+        event_hooks={"request": [measure], "response": [note_address]},
+    )
+    return openai.AsyncOpenAI(
+        api_key=key, base_url=provider.base_url, timeout=timeout, max_retries=0, http_client=http_client
+    )
+
+
+def measured(request: httpx2.Request) -> MeasuredBody | None:
+    """What was measured of a request that this module's client sent."""
+    return request.stream if isinstance(request.stream, MeasuredBody) else None
+
+
+def left_device(provider: Provider, server_address: object) -> bool:
+    """By the address connected to. A loopback one that may be a proxy's hands the input on, so it left."""
+    if server_address is None:
+        return provider.leaves_device
+    if not is_loopback_address(server_address):
+        return True
+    return provider.leaves_device and bool(urllib.request.getproxies())
+
+
+def classify(error: Exception, provider: Provider, secrets: tuple[str, ...]) -> NearfarError:
+    """Any exception as one of ours. The message names the provider and the status, and shows none of `secrets`."""
+    name = provider.name
+    match error:
+        case NearfarError():
+            return error
+        case openai.APIStatusError(status_code=status):
+            meaning = STATUS_MEANINGS.get(status, "redirects are not followed" if status < 400 else "it failed")
+            return UpstreamError(_sentence(f"{name} answered {status}, {meaning}", error.body, secrets))
+        case BrokenOff(body=body):
+            return UpstreamError(_sentence(f"{name} broke off with an error", body, secrets))
+        case NotAChunk():
+            return UpstreamError(f"{name} sent something that is not a chat completion chunk")
+        case openai.APITimeoutError(__cause__=httpx2.ConnectTimeout()):
+            return UpstreamError(f"{name} could not be reached at {provider.destination}: connecting took too long")
+        case openai.APIConnectionError(__cause__=httpx2.ConnectError()):
+            return UpstreamError(f"{name} could not be reached at {provider.destination}")
+        case openai.APIConnectionError() | httpx2.HTTPError() | httpx2.StreamError() | OSError():
+            return UpstreamError(f"the connection to {name} broke before the answer was whole")
+    return NearfarError("internal error")
+
+
+def _sentence(start: str, body: Any, secrets: tuple[str, ...]) -> str:
+    said = quotable(body, secrets)
+    return f"{start}: {said}" if said else start

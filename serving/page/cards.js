@@ -1,0 +1,145 @@
+// One card per target: its state, its answer as it streams, its figures. All text goes in as text, never as markup.
+
+import * as format from "./format.js";
+
+const STATES = { waiting: "Waiting", answering: "Answering", done: "Done", failed: "Failed", stopped: "Stopped" };
+const TURNS = ["first", "second", "third"];
+const FINISH = {
+  length: "The answer was cut at the token limit.",
+  refusal: "The model refused to answer.",
+};
+
+/** A new element with that text and class. */
+export function make(tag, text = "", className = "") {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  if (className) element.className = className;
+  return element;
+}
+
+function figure(tag, text, missing = "not measured") {
+  return text === null ? make(tag, missing, "missing") : make(tag, text);
+}
+
+export class Card {
+  totalMs = null;
+
+  constructor(template, target) {
+    this.element = template.content.firstElementChild.cloneNode(true);
+    this.slots = Object.fromEntries(
+      [...this.element.querySelectorAll("[data-slot]")].map((element) => [element.dataset.slot, element]),
+    );
+    this.slots.name.textContent = target;
+    this.element.setAttribute("aria-label", target);
+    this.#state("waiting");
+  }
+
+  get settled() {
+    return !["waiting", "answering"].includes(this.element.dataset.state);
+  }
+
+  delta(text) {
+    this.#state("answering");
+    this.slots.answer.append(text);
+  }
+
+  stop() {
+    if (!this.settled) this.#state("stopped");
+  }
+
+  fail(error) {
+    this.#state("failed");
+    this.slots.error.textContent = errorText(error);
+  }
+
+  /** The whole answer with its figures replaces what was streamed. */
+  finish(result) {
+    this.#state("done");
+    const { slots } = this;
+    slots.answer.textContent = result.text || "(no text)";
+    slots.answer.classList.toggle("missing", !result.text);
+    if (typeof result.correct === "boolean") {
+      slots.badge.hidden = false;
+      slots.badge.textContent = result.correct ? "✓ Right" : "✗ Wrong";
+      slots.badge.classList.add(result.correct ? "right" : "wrong");
+    }
+    slots.remarks.textContent = [
+      FINISH[result.finish_reason],
+      result.contended ? "Ran together with others: its times are no measurement." : null,
+    ].filter(Boolean).join(" ");
+    this.#times(result.timings ?? {});
+    this.#facts(result);
+    slots.figures.hidden = false;
+  }
+
+  /** Draws the total time on the scale that all cards share. */
+  scaleTo(longestMs) {
+    this.slots.total_bar.style.width = this.totalMs === null ? "0" : `${(100 * this.totalMs) / longestMs}%`;
+  }
+
+  #state(name) {
+    this.element.dataset.state = name;
+    this.slots.state.textContent = STATES[name];
+    this.slots.answer.setAttribute("aria-busy", String(!this.settled)); // read aloud once it is whole
+  }
+
+  #times(timings) {
+    const { slots } = this;
+    this.totalMs = timings.total_ms ?? null;
+    const headline = [
+      ["First token", format.milliseconds(timings.ttft_ms)],
+      ["Total", format.milliseconds(timings.total_ms)],
+      ["Tokens/s", format.rate(timings.tokens_per_second)],
+    ];
+    slots.headline.replaceChildren(...headline.map(([name, text]) => pair(name, figure("dd", text))));
+    const shares = format.stageShares(timings);
+    slots.stages.replaceChildren(...shares.map(([key, share]) => {
+      const part = make("span", "", "fill");
+      part.dataset.stage = key;
+      part.style.flexGrow = String(share);
+      return part;
+    }));
+    slots.stages.hidden = slots.stages_label.hidden = !shares.length;
+    slots.rows.replaceChildren(...format.STAGES.map(([key, name]) => {
+      const row = make("tr");
+      const head = make("th");
+      head.scope = "row";
+      const swatch = make("span", "", "swatch");
+      if (typeof timings[key] === "number") swatch.dataset.stage = key;
+      head.append(swatch, name);
+      row.append(head, figure("td", format.milliseconds(timings[key])));
+      return row;
+    }));
+  }
+
+  #facts(result) {
+    const { images = [], memory = {}, egress, cost = {} } = result;
+    const money = figure("dd", format.dollars(cost.usd), "not known");
+    if (cost.basis) money.append(make("small", cost.basis));
+    const sent = figure("dd", egress ? format.egress(egress) : null);
+    sent.classList.toggle("left", Boolean(egress?.left_device));
+    const rows = [
+      ["Picture", images.length ? make("dd", images.map(format.imageReport).join("; ")) : figure("dd", null)],
+      ["Tokens", figure("dd", format.tokens(result.usage))],
+      ["Queued", figure("dd", format.milliseconds(result.timings?.queue_ms))],
+      ["Model size", figure("dd", format.bytes(memory.model_bytes))],
+      ["Process peak", figure("dd", format.bytes(memory.process_peak_bytes))],
+      ["Cost", money],
+      ["Sent", sent],
+      ["Turn", figure("dd", TURNS[result.order] ?? `number ${result.order + 1}`)],
+    ];
+    this.slots.facts.replaceChildren(...rows.map(([name, value]) => pair(name, value)));
+  }
+}
+
+function pair(name, value) {
+  const group = make("div");
+  group.append(make("dt", name), value);
+  return group;
+}
+
+/** An error of the service as one line. */
+export function errorText(error) {
+  const message = error?.message || "The service gave no reason.";
+  return error?.request_id ? `${message} (request ${error.request_id})` : message;
+}

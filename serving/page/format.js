@@ -1,0 +1,70 @@
+// Figures as words, all pure. A figure that was not measured stays null; whoever shows it says so.
+
+export const STAGES = [
+  ["image_decode_ms", "Decode image"],
+  ["preprocess_ms", "Preprocess"],
+  ["vision_ms", "Vision"],
+  ["prefill_ms", "Prefill"],
+  ["decode_ms", "Decode text"],
+];
+
+const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits });
+const known = (value) => typeof value === "number" && Number.isFinite(value);
+const plural = (count, word) => `${number(count, 0)} ${word}${count === 1 ? "" : "s"}`;
+
+export function milliseconds(value) {
+  if (!known(value)) return null;
+  if (value >= 999.5) return `${(value / 1000).toFixed(2)} s`;
+  return `${number(value, value < 9.995 ? 2 : value < 99.95 ? 1 : 0)} ms`;
+}
+
+export function rate(tokensPerSecond) {
+  return known(tokensPerSecond) ? number(tokensPerSecond, tokensPerSecond < 100 ? 1 : 0) : null;
+}
+
+/** Decimal units: 1 MB is 1,000,000 bytes. */
+export function bytes(value) {
+  if (!known(value)) return null;
+  if (value < 1000) return plural(value, "byte");
+  const units = ["kB", "MB", "GB", "TB"];
+  const power = Math.min(units.length, Math.floor(Math.log10(value) / 3));
+  const scaled = value / 1000 ** power;
+  return `${number(scaled, scaled < 100 ? 1 : 0)} ${units[power - 1]}`;
+}
+
+export function dollars(value) {
+  if (!known(value)) return null;
+  if (value === 0) return "$0";
+  return `$${value.toLocaleString("en", value < 0.995 ? { maximumSignificantDigits: 2 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
+}
+
+/** "128 × 96 used as 64 × 64, 1 tile, 16 tokens"; what a hosted model does not tell is said to be unreported. */
+export function imageReport(image) {
+  const used = known(image.used_width) ? ` used as ${image.used_width} × ${image.used_height}` : "";
+  const tiles = known(image.tiles) ? `, ${plural(image.tiles, "tile")}` : "";
+  const tokens = known(image.tokens) ? `, ${plural(image.tokens, "token")}` : "";
+  return `${image.width} × ${image.height}${used + tiles + tokens || ", what was used of it is not reported"}`;
+}
+
+export function egress({ left_device, bytes_sent, destination }) {
+  if (!left_device && !bytes_sent) return "nothing; the input stayed on this device";
+  const sent = known(bytes_sent) ? bytes(bytes_sent) : "an unmeasured number of bytes";
+  const body = `${sent} of request body${destination ? ` to ${destination}` : ""}`;
+  return left_device ? `${body}; the input left this device` : `${body}, on this device; the input did not leave it`;
+}
+
+export function tokens(usage) {
+  if (!known(usage?.prompt_tokens)) return null;
+  const parts = [];
+  if (known(usage.image_tokens)) parts.push(`${number(usage.image_tokens, 0)} of the picture`);
+  if (known(usage.cached_tokens)) parts.push(`${number(usage.cached_tokens, 0)} cached`);
+  const answer = known(usage.completion_tokens) ? `, ${number(usage.completion_tokens, 0)} in the answer` : "";
+  return `${number(usage.prompt_tokens, 0)} in the prompt${parts.length ? ` (${parts.join(", ")})` : ""}${answer}`;
+}
+
+/** The measured stages with their share of their sum, 0 to 1. */
+export function stageShares(timings) {
+  const measured = STAGES.filter(([key]) => known(timings[key])).map(([key]) => [key, timings[key]]);
+  const sum = measured.reduce((total, [, value]) => total + value, 0);
+  return measured.map(([key, value]) => [key, sum > 0 ? value / sum : 0]);
+}

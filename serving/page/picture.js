@@ -1,0 +1,74 @@
+// The picture to ask about: chosen as a file, dropped, pasted or taken from the samples; checked and previewed.
+
+import { bytes } from "./format.js";
+
+const TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif"];
+const MAX_BYTES = 20_000_000;
+
+/** Why this file cannot be sent; null where it can. */
+export function refusal(file) {
+  const name = file.name || "This file";
+  if (!TYPES.includes(file.type)) {
+    return `${name} is ${file.type || "of an unknown type"}. Choose a JPEG, PNG, WebP or GIF picture.`;
+  }
+  if (file.size > MAX_BYTES) return `${name} has ${bytes(file.size)}. A picture may have at most ${bytes(MAX_BYTES)}.`;
+  return file.size ? null : `${name} is empty.`;
+}
+
+/** The drop zone. `changed(file)` follows every new picture of the user's own, `refused(text)` every one not taken. */
+export class Picture {
+  file = null;
+
+  constructor({ drop, input, preview, title }, { changed, refused }) {
+    Object.assign(this, { drop, input, preview, title, changed, refused });
+    input.addEventListener("change", () => this.#take(input.files));
+    for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
+      document.addEventListener(type, (event) => this.#drag(event)); // a picture that misses the zone must not leave the page
+    }
+    document.addEventListener("paste", (event) => {
+      const files = event.clipboardData?.files;
+      if (!files?.length) return; // text goes into the field that has the focus
+      event.preventDefault();
+      this.#take(files);
+    });
+    preview.addEventListener("error", () => {
+      this.refused(`${this.file?.name ?? "This file"} could not be read as a picture.`);
+      this.#show(null);
+    });
+  }
+
+  /** Shows that file without a check, as for a sample. */
+  set(file) {
+    this.input.value = "";
+    this.#show(file);
+  }
+
+  #drag(event) {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    const inside = this.drop.contains(event.target);
+    this.drop.classList.toggle("over", inside && (event.type === "dragenter" || event.type === "dragover"));
+    if (event.type === "drop") this.#take(event.dataTransfer.files);
+  }
+
+  #take(files) {
+    if (!files.length) return; // the file dialog was cancelled: the picture stays
+    const reason = files.length > 1 ? "Choose one picture at a time." : refusal(files[0]);
+    const file = files[0];
+    this.input.value = ""; // choosing the same file again is then a change
+    if (reason) return this.refused(reason);
+    this.#show(file);
+    this.changed(file);
+  }
+
+  #show(file) {
+    URL.revokeObjectURL(this.preview.src);
+    this.file = file;
+    this.preview.hidden = !file;
+    if (file) this.preview.src = URL.createObjectURL(file);
+    else this.preview.removeAttribute("src");
+    this.preview.alt = file ? `Chosen picture: ${file.name || "pasted"}` : "";
+    this.title.textContent = file ? "Choose another" : "Choose a picture";
+    this.drop.classList.toggle("filled", Boolean(file));
+  }
+}

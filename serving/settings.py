@@ -1,0 +1,82 @@
+"""Every setting of the service: from the environment (`NEARFAR_*`), overridden by the command line."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from models.request import Policy
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+class Settings(BaseSettings):
+    """What `create_app` builds from. Lists are comma-separated in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="NEARFAR_", extra="ignore", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535)
+    policy: Policy = Field("local-only", description="the widest policy any request may have")
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names of embedded models or bundle folders; the first is the default"
+    )
+    endpoints: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="OpenAI-compatible endpoints, each NAME=URL,MODEL; separated by semicolons in the environment"
+    )
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
+    allow_anonymous: bool = Field(False, description="serve other machines without keys")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="Host header values beyond loopback's")
+    threads: int = Field(0, ge=0, description="threads per model, 0: one a core")
+    max_waiting: int = Field(64, ge=1, description="requests in hand before new ones get 429")
+    max_running: int = Field(4, ge=1, description="requests that decode in turn")
+    max_body_bytes: int = Field(64 * 2**20, ge=1024)
+    body_timeout_s: float = Field(30.0, gt=0)
+    drain_s: int = Field(10, ge=0, description="seconds that running answers get after SIGTERM")
+
+    @field_validator("models", "api_keys", "allowed_hosts", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
+
+    @field_validator("endpoints", mode="before")
+    @classmethod
+    def _split_semicolons(cls, value: object) -> object:
+        return tuple(item.strip() for item in value.split(";") if item.strip()) if isinstance(value, str) else value
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def refusal_to_bind(self) -> str | None:
+        """Why this address may not be served as configured; None where it may."""
+        if self.is_loopback or self.api_keys:
+            return None
+        if not self.allow_anonymous:
+            return (
+                f"{self.host} can be reached from other machines: set NEARFAR_API_KEYS, or pass --allow-anonymous"
+            )
+        if self.policy != "local-only":
+            return f"{self.host} without keys cannot be served under policy {self.policy}: strangers would spend your keys"
+        return None
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """Host header values that are answered, without port."""
+        own = () if self.host in ("0.0.0.0", "::") else (self.host,)
+        return frozenset(name.lower() for name in (*LOOPBACK_NAMES, *own, *self.allowed_hosts))
+
+
+def embedded_bundles() -> dict[str, Path]:
+    """The bundles inside the package, by target suffix; the first is the default."""
+    root = Path(__file__).resolve().parent.parent / "models" / "tiny_scenes" / "bundles"
+    return {f"tiny-scenes@{recipe}": root / recipe for recipe in ("int8", "fp32")}

@@ -1,0 +1,97 @@
+"""Answers, comparisons and models as tables for a terminal. A figure that was not measured is a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Format = Callable[[Any], str]
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+def megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} MB"
+
+
+def _dollars(value: float | None) -> str:
+    return "-" if value is None else f"${value:.6f}"
+
+
+def _plain(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+_ROWS: tuple[tuple[str, tuple[str, ...], Format], ...] = (
+    ("answer", ("text",), _plain),
+    ("right", ("correct",), lambda value: {True: "yes", False: "no"}.get(value, "-")),
+    ("first token", ("timings", "ttft_ms"), milliseconds),
+    ("total", ("timings", "total_ms"), milliseconds),
+    ("  decode image", ("timings", "image_decode_ms"), milliseconds),
+    ("  preprocess", ("timings", "preprocess_ms"), milliseconds),
+    ("  vision", ("timings", "vision_ms"), milliseconds),
+    ("  prefill", ("timings", "prefill_ms"), milliseconds),
+    ("  decode", ("timings", "decode_ms"), milliseconds),
+    ("tokens per second", ("timings", "tokens_per_second"), lambda v: "-" if v is None else f"{v:.0f}"),
+    ("prompt tokens", ("usage", "prompt_tokens"), _plain),
+    ("answer tokens", ("usage", "completion_tokens"), _plain),
+    ("model", ("memory", "model_bytes"), megabytes),
+    ("peak of its process", ("memory", "process_peak_bytes"), megabytes),
+    ("cost", ("cost", "usd"), _dollars),
+    ("left the device", ("egress", "left_device"), lambda value: {True: "yes", False: "no"}.get(value, "-")),
+    ("bytes sent", ("egress", "bytes_sent"), _plain),
+    ("sent to", ("egress", "destination"), _plain),
+)
+
+
+def results_table(results: list[dict[str, Any]], console: Console) -> None:
+    """Results side by side, one column a target."""
+    table = Table(show_header=True, header_style="bold")
+    table.add_column("")
+    for result in results:
+        table.add_column(result["target"], overflow="fold")
+    for label, path, show in _ROWS:
+        cells = [_cell(result, path, show) for result in results]
+        if any(cell not in ("-", "") for cell in cells):
+            table.add_row(label, *cells)
+    failed = [result["error"]["message"] if not result.get("ok", True) else "" for result in results]
+    if any(failed):
+        table.add_row("error", *failed, style="red")
+    console.print(table)
+
+
+def _cell(result: dict[str, Any], path: tuple[str, ...], show: Format) -> str:
+    value: Any = result
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return show(value)
+
+
+def comparison_table(comparison: dict[str, Any], console: Console) -> None:
+    """A comparison's results and its verdict."""
+    results_table(comparison["results"], console)
+    verdict = comparison["verdict"]
+    console.print(f"[bold]{verdict['choice']}[/bold]: ", end="")
+    console.print(verdict["text"], markup=False)
+    for reason in verdict["reasons"]:
+        console.print(f"  - {reason}", markup=False)
+
+
+def models_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """Bundles, one a line, and what to know about them."""
+    table = Table(show_header=True, header_style="bold")
+    for heading in ("target", "parameters", "size", "licence", "source"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        source = row["source"]
+        size = megabytes(row["bytes"])
+        table.add_row(row["target"], f"{row['parameters'] / 1e6:.1f} M", size, source["license"] or "-", source["name"])
+    console.print(table)
+    for notice in dict.fromkeys(row["notice"] for row in rows if row["notice"]):
+        console.print(notice, markup=False)
+

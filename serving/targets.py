@@ -1,0 +1,96 @@
+"""Every target by name, and what the policy allows. The one place where a name becomes an Answerer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from models.answerer import Answerer
+from models.errors import BadRequest, Forbidden, InvalidValue, NotFound
+from models.request import Policy
+
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One answerer and what a user must know before choosing it."""
+
+    answerer: Answerer
+    kind: Literal["local", "hosted"]
+    model: str
+    recipe: str | None = None
+    destination: str | None = None
+    leaves_device: bool = False
+    notice: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.answerer.name
+
+
+def effective_policy(server: Policy, asked: Policy | None) -> Policy:
+    """The request's policy, which may be tighter than the server's and never wider."""
+    if asked is None:
+        return server
+    if asked not in POLICIES:
+        raise InvalidValue(f"policy must be one of {', '.join(POLICIES)}, got {asked!r}", param="policy")
+    if POLICIES.index(asked) > POLICIES.index(server):
+        raise Forbidden(f"policy {asked} is wider than the server's {server}", param="policy")
+    return asked
+
+
+def allows(policy: Policy, target: Target) -> bool:
+    """May this target be named under that policy? `prefer-local` and `any` differ in defaults, not in this."""
+    return policy != "local-only" or not target.leaves_device
+
+
+class Targets:
+    """The targets of one service, the default first."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._by_name = {target.name: target for target in targets}
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._by_name.values())
+
+    def choose(self, name: str | None, policy: Policy) -> Target:
+        """The target of that name, or the default. Raises NotFound, or Forbidden under the policy."""
+        target = self._find(name) if name else self.defaults(policy)[0]
+        if not allows(policy, target):
+            raise Forbidden(
+                f"{target.name} sends the input to {target.destination}, which policy {policy} forbids", param="model"
+            )
+        return target
+
+    def choose_several(self, names: Sequence[str], policy: Policy) -> list[Target]:
+        """Each once, in that order; without names, the defaults."""
+        if not names:
+            return self.defaults(policy)
+        chosen = [self.choose(name, policy) for name in names]
+        if len({target.name for target in chosen}) < len(chosen):
+            raise BadRequest("a target is named twice", param="targets")
+        return chosen
+
+    def defaults(self, policy: Policy) -> list[Target]:
+        """All that the policy allows; under `prefer-local`, what stays on the device."""
+        found = [target for target in self._by_name.values() if allows(policy, target)]
+        if policy == "prefer-local":
+            found = [target for target in found if not target.leaves_device]
+        if not found:
+            raise NotFound(f"there is no target under policy {policy}", param="model")
+        return found
+
+    def _find(self, name: str) -> Target:
+        if name in self._by_name:
+            return self._by_name[name]
+        # "local/" and "@recipe" may be dropped: the first in order is the default recipe of its model.
+        for target in self._by_name.values():
+            short = target.name.removeprefix("local/")
+            if name in (short, short.partition("@")[0], target.name.partition("@")[0]) and target.kind == "local":
+                return target
+        near = difflib.get_close_matches(name[:200], self._by_name, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "GET /targets lists them"
+        raise NotFound(f"there is no target {name[:200]!r}; {hint}", param="model")
