@@ -13,8 +13,8 @@ _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{
 def is_correct(text: str, reference: str | None) -> bool | None:
     """Whether `text` is the reference answer; None without a reference, or with a blank one.
 
-    JSON objects and lists are compared as values, numbers as numbers ("1,000" is "1000.0"), all else by exact match after
-    normalising: Unicode form, letter case, white space and surrounding punctuation do not count.
+    JSON objects and lists are compared as values, numbers as numbers ("1,000" is "1000.0"), all else by exact match
+    after normalising: Unicode form, letter case, white space and surrounding punctuation do not count.
 
     It does not read meaning: no synonyms, no "two" for "2", no units ("5 cm" is not "5"), no answer found inside a
     sentence ("It is red." is not "red"), no partial credit, no code fences around JSON, no locale (a comma separates

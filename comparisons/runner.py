@@ -80,8 +80,7 @@ async def compare(
     if len({arm.name for arm in arms}) < len(arms):
         raise BadRequest("a target is named twice", param="targets")
     running_order = rng.sample(range(len(arms)), len(arms))
-    contended = parallel and len(arms) > 1
-    runs = [_Arm(answerer=arms[at], order=order, contended=contended) for order, at in enumerate(running_order)]
+    runs = [_Arm(answerer=arms[at], order=order, contended=parallel) for order, at in enumerate(running_order)]
     results: dict[int, ArmResult] = {}  # by the place in which the arm was given
     async with aclosing((_together if parallel else _one_by_one)(request, runs, reference)) as events:
         async for event in events:

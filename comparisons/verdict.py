@@ -65,14 +65,18 @@ def _contrast(ours: Figures, base: Figures) -> Contrast:
 
 
 def _speed(done: Sequence[_Done]) -> str:
-    if len(done) > 1 and any(result.contended for result, _ in done):
+    timed = sorted(
+        (finished.timings.total_ms, result.target)
+        for result, finished in done
+        if finished.timings.total_ms and not result.contended
+    )
+    if len(done) == 1:
+        return f"only {done[0][0].target} answered" + (f", in {_ms(timed[0][0])}" if timed else "")
+    if any(result.contended for result, _ in done):
         return "the targets ran at the same time, so their timings are no measurement"
-    timed = sorted((finished.timings.total_ms or 0, result.target) for result, finished in done)
-    (fast_ms, fast), (slow_ms, slow) = timed[0], timed[-1]
-    if len(timed) == 1:
-        return f"only {fast} answered, in {_ms(fast_ms)}"
-    if not fast_ms:
+    if len(timed) < 2:
         return ""
+    (fast_ms, fast), (slow_ms, slow) = timed[0], timed[-1]
     if slow_ms < fast_ms * SAME_SPEED:
         return f"{fast} was about as fast as {slow} ({_ms(fast_ms)} and {_ms(slow_ms)})"
     rank = "" if len(timed) == 2 else f", the slowest of {len(timed)},"

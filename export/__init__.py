@@ -1,4 +1,4 @@
-"""A checkpoint becomes a checked, quantized bundle. The only package that needs torch, transformers, onnx and optimum."""
+"""A checkpoint becomes a checked, quantized bundle. Here torch, transformers, onnx and optimum are at home."""
 
 import logging
 

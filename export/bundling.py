@@ -1,6 +1,7 @@
 """Checkpoint folder in, bundle folder out: all of it or nothing.
 
-The bundle grows in a hidden folder beside OUT, is verified there, gets its manifest last, and takes OUT's place by a rename.
+The bundle grows in a hidden folder beside OUT, is verified there, gets its manifest last, and takes OUT's place by
+a rename.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import build_decoder, save_graph, write_embeddings, write_vision
 from export.quantize import RECIPES, RecipePlan, quantize_decoder, quantize_vision
-from export.verify import verify
+from export.verify import QualityGateFailed, draw_cases, verify
 from models.bundle import (
     FORMAT_VERSION,
     MANIFEST,
@@ -60,10 +62,10 @@ def export_bundle(
 ) -> Manifest:
     """Export the checkpoint folder `source` into the bundle folder `out` and return its manifest.
 
-    `auto_tile_px` belongs to `detail: auto` and defaults to the tile size. An existing `out` is replaced where it is empty
-    or a bundle; with `overwrite` also where it is another folder. Raises BadRequest for wrong arguments, CheckpointError
-    for a folder that cannot be exported, QualityGateFailed where the graphs differ too much from torch; `out` is then as
-    it was before.
+    `auto_tile_px` belongs to `detail: auto` and defaults to the tile size. An existing `out` is replaced where it is
+    empty or a bundle; with `overwrite` also where it is another folder. Raises BadRequest for wrong arguments,
+    CheckpointError for a folder that cannot be exported, QualityGateFailed where the graphs differ too much from torch;
+    `out` is then as it was before.
     """
     chosen = next((known for known in get_args(Recipe) if known == recipe), None)
     if chosen is None:
@@ -72,26 +74,30 @@ def export_bundle(
     name = name or source.name
     if not NAME.fullmatch(name):
         raise BadRequest(f"a model's name has letters, digits, dot, dash and underscore, got {name!r}", param="name")
+    if auto_tile_px is not None and auto_tile_px < 1:
+        raise BadRequest(f"auto_tile_px must be at least 1, got {auto_tile_px}", param="auto_tile_px")
     _check_target(source, out, overwrite)
-    checkpoint = load_checkpoint(source)
+    checkpoint, plan = load_checkpoint(source), RECIPES[chosen]
+    processing = asdict(checkpoint.processing) | ({"auto_tile_px": auto_tile_px} if auto_tile_px else {})
     with _folder_beside(out) as folder:
         _write_texts(checkpoint, folder)
+        _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
         draft = Manifest(
             format=FORMAT_VERSION,
             name=name,
             recipe=chosen,
             source=Source(name=source.name, sha256=checkpoint.weights_sha256, license=license),
             shapes=checkpoint.shapes,
-            processing=_processing(checkpoint, auto_tile_px),
-            graphs=_write_graphs(checkpoint, RECIPES[chosen], folder / "onnx", show_progress),
+            processing=Processing(**processing),
+            graphs={},
             files={},
             quality={},
             made_with={package: version(package) for package in MADE_WITH},
             notice=notice,
         )
-        model = OnnxModel(Bundle(folder, draft))
-        quality = verify(checkpoint, model, RECIPES[chosen].gate, show_progress=show_progress)
-        manifest = draft.model_copy(update={"quality": quality, "files": _hashes(folder)})
+        measured = _write_decoder(checkpoint, plan, folder, draft, show_progress)
+        _write_config(checkpoint, folder)
+        manifest = measured.model_copy(update={"files": _hashes(folder)})
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _move_into_place(folder, out)
     return manifest
@@ -139,41 +145,58 @@ def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(checkpoint.folder / name, folder / name)
 
 
-def _write_graphs(
-    checkpoint: Checkpoint, plan: RecipePlan, folder: Path, show_progress: bool
-) -> dict[GraphName, GraphEntry]:
-    """Write the three graphs and config.json, which names their external data."""
+def _graph_file(graph: GraphName, plan: RecipePlan) -> str:
+    return f"{graph}{plan.suffix}.onnx"
+
+
+def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folder: Path, show_progress: bool) -> None:
     folder.mkdir()
-    paths = {graph: folder / f"{graph}{plan.suffix}.onnx" for graph in get_args(GraphName)}
-    with tqdm(total=4, desc="export", unit="step", file=sys.stderr, disable=not show_progress) as bar:
-        bar.set_postfix_str("vision encoder")
+    vision = folder / _graph_file("vision_encoder", plan)
+    with tqdm(total=2, desc="export", unit="graph", file=sys.stderr, disable=not show_progress) as bar:
         if plan.int8_vision_and_embeddings:
-            plain = folder / "vision_encoder_float32.onnx"
-            write_vision(checkpoint, plain)
-            quantize_vision(plain, paths["vision_encoder"])
-            for left in folder.glob(plain.name + "*"):
-                left.unlink()
+            with tempfile.TemporaryDirectory(dir=folder) as plain:
+                write_vision(checkpoint, Path(plain, vision.name))
+                quantize_vision(Path(plain, vision.name), vision)
         else:
-            write_vision(checkpoint, paths["vision_encoder"])
+            write_vision(checkpoint, vision)
         bar.update()
-        bar.set_postfix_str("embeddings")
-        write_embeddings(checkpoint, paths["embed_tokens"], int8=plan.int8_vision_and_embeddings)
+        path = folder / _graph_file("embed_tokens", plan)
+        write_embeddings(checkpoint, path, int8=plan.int8_vision_and_embeddings)
         bar.update()
-        bar.set_postfix_str("decoder")
-        decoder = build_decoder(checkpoint)
-        bar.update()
-        bar.set_postfix_str("decoder weights")
-        save_graph(quantize_decoder(decoder, plan), paths["decoder_model_merged"])
-        bar.update()
-    _write_config(checkpoint, folder)
-    return {
-        graph: GraphEntry(file=f"onnx/{path.name}", weights=plan.weights[graph]) for graph, path in paths.items()
-    }
 
 
-def _write_config(checkpoint: Checkpoint, graphs: Path) -> None:
+def _write_decoder(
+    checkpoint: Checkpoint, plan: RecipePlan, folder: Path, draft: Manifest, show_progress: bool
+) -> Manifest:
+    """Write the decoder as the first rung that passes the gate; returns the draft with graphs and quality filled in.
+
+    Raises the last rung's QualityGateFailed where none passes.
+    """
+    cases = draw_cases(checkpoint, draft.processing.settings(), show_progress=show_progress)
+    for eight_bit_parts in plan.eight_bit_ladder:
+        decoder = quantize_decoder(build_decoder(checkpoint), plan, eight_bit_parts)
+        save_graph(decoder, folder / "onnx" / _graph_file("decoder_model_merged", plan))
+        del decoder
+        weights = plan.weights(eight_bit_parts)
+        graphs = {
+            graph: GraphEntry(file=f"onnx/{_graph_file(graph, plan)}", weights=weights[graph])
+            for graph in get_args(GraphName)
+        }
+        measured = draft.model_copy(update={"graphs": graphs})
+        try:
+            quality = verify(cases, OnnxModel(Bundle(folder, measured)), plan.gate, show_progress=show_progress)
+        except QualityGateFailed as error:
+            failed = error
+        else:
+            return measured.model_copy(update={"quality": quality})
+    raise failed
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     """config.json as transformers.js reads it: counts spelled out even where they are the defaults."""
     config: dict[str, Any] = checkpoint.model.config.to_dict()
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("_name_or_path", None)  # a path of this machine
     text, shapes = checkpoint.model.config.text_config, checkpoint.shapes
     config["text_config"].update(
         num_hidden_layers=shapes.layers,
@@ -183,22 +206,9 @@ def _write_config(checkpoint: Checkpoint, graphs: Path) -> None:
         vocab_size=shapes.vocab_size,
         hidden_size=shapes.hidden_size,
     )
-    split = {data.name.removesuffix("_data"): 1 for data in sorted(graphs.glob("*_data"))}
+    split = {data.name.removesuffix("_data"): 1 for data in sorted((folder / "onnx").glob("*_data"))}
     config["transformers.js_config"] = {"use_external_data_format": split}
-    (graphs.parent / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _processing(checkpoint: Checkpoint, auto_tile_px: int | None) -> Processing:
-    own = checkpoint.processing
-    if auto_tile_px is not None and auto_tile_px < 1:
-        raise BadRequest(f"auto_tile_px must be at least 1, got {auto_tile_px}", param="auto_tile_px")
-    return Processing(
-        longest_edge=own.longest_edge,
-        tile_px=own.tile_px,
-        auto_tile_px=auto_tile_px or own.tile_px,
-        mean=own.mean,
-        std=own.std,
-    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _hashes(folder: Path) -> dict[str, FileEntry]:

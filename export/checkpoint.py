@@ -149,11 +149,17 @@ def _processing(settings: dict[str, Any], image_size_px: int) -> ImageProcessing
     try:
         longest_edge, tile_px = settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError("preprocessor_config.json needs size.longest_edge and max_image_size.longest_edge") from error
+        raise CheckpointError(
+            "preprocessor_config.json needs size.longest_edge and max_image_size.longest_edge"
+        ) from error
     if tile_px != image_size_px:
         raise CheckpointError(f"tiles of {tile_px} px do not fit a vision model for {image_size_px} px")
-    if settings.get("resample", LANCZOS) != LANCZOS or not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255):
-        raise CheckpointError("preprocessor_config.json asks for another resampling than LANCZOS or another scale than 1/255")
+    if settings.get("resample", LANCZOS) != LANCZOS or not math.isclose(
+        settings.get("rescale_factor", 1 / 255), 1 / 255
+    ):
+        raise CheckpointError(
+            "preprocessor_config.json asks for another resampling than LANCZOS or another scale than 1/255"
+        )
     return ImageProcessing(
         longest_edge=longest_edge,
         tile_px=tile_px,

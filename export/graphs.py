@@ -3,8 +3,8 @@
 - Vision: optimum's exporter and its output validation, with a configuration of our own (optimum has none for this
   family). It traces with TorchScript, whose graph is the plain one that ONNX Runtime's fusions and quantizer know.
 - Decoder: onnxruntime-genai's model builder. It writes GroupQueryAttention with rotary embedding inside, whose past and
-  present may share one buffer; a traced graph would copy the whole cache at every token. Its classes are called directly
-  rather than `create_model`, because that wants the text model on disk a second time and loads tokenizers by Auto classes.
+  present may share one buffer; a traced graph would copy the whole cache at every token. Its classes are called
+  directly: `create_model` wants the text model on disk a second time and loads tokenizers by Auto classes.
 - Embeddings: one Gather, written by hand.
 """
 

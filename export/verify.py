@@ -4,21 +4,21 @@ that torch gives greedily. The graphs run through the runtime that will serve th
 
 from __future__ import annotations
 
+import math
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from export.checkpoint import Checkpoint
 from export.quantize import Gate
 from models.errors import NearfarError
-from models.images import Detail, tile_image
+from models.images import Detail, ImageProcessing, tile_image
 from models.onnx_model import OnnxModel
 from models.request import ImagePart, Message, TextPart
 from models.tiny_scenes import scenes
@@ -28,7 +28,8 @@ Floats = npt.NDArray[np.float32]
 SEED = 20261121
 CASES = 24
 ANSWER_TOKENS = 24
-# Untrained weights say nothing: their mean entropy is log(vocabulary) but for a few percent. Trained ones are far below.
+# Random weights spread their answers evenly: the mean entropy is log(vocabulary) but for a few percent. Trained weights
+# stay far below.
 RANDOM_ENTROPY_SHARE = 0.9
 
 
@@ -74,40 +75,43 @@ class Differences:
         self.cosine.extend(((reference * exported).sum(-1) / np.maximum(norms, 1e-12)).ravel().tolist())
 
 
-def verify(checkpoint: Checkpoint, model: OnnxModel, gate: Gate, *, show_progress: bool = True) -> dict[str, Any]:
-    """Measure the bundle and return its `quality` for the manifest. Raises QualityGateFailed outside the gate."""
+def verify(cases: list[Case], model: OnnxModel, gate: Gate, *, show_progress: bool = True) -> dict[str, Any]:
+    """Measure a bundle's graphs and return its `quality`. Raises QualityGateFailed outside the gate."""
     found = Differences()
-    cases = draw_cases(checkpoint)
-    for case in tqdm(cases, total=CASES, desc="verify", unit="prompt", file=sys.stderr, disable=not show_progress):
+    for case in tqdm(cases, desc="verify", unit="prompt", file=sys.stderr, disable=not show_progress):
         compare(case, model, found)
     quality = summary(found, model.shapes.vocab_size)
     check(quality, gate)
     return quality
 
 
-def draw_cases(checkpoint: Checkpoint) -> Iterator[Case]:
+def draw_cases(checkpoint: Checkpoint, processing: ImageProcessing, *, show_progress: bool = True) -> list[Case]:
     """CASES prompts over held-out scenes: one tile and many, picture first and text first, one picture and two."""
     rng = random.Random(SEED)
     details: tuple[Detail, ...] = ("auto", "low", "auto", "high")
-    for number in range(CASES):
+    cases = []
+    for number in trange(CASES, desc="torch", unit="prompt", file=sys.stderr, disable=not show_progress):
         pictures = 2 if number % 8 == 5 else 1
         drawn = [scenes.draw_scene(rng, held_out=True) for _ in range(pictures)]
         asked = None
         while asked is None:
             asked = scenes.ASKERS[rng.choice(list(scenes.ASKERS))](drawn[0], rng)
-        tiled = [tile_image(scene.image, details[number % 4], checkpoint.processing) for scene in drawn]
+        tiled = [tile_image(scene.image, details[number % 4], processing) for scene in drawn]
         parts = [*(ImagePart(data=b"") for _ in drawn), TextPart(text=asked[0])]
         message = Message(role="user", parts=tuple(parts[::-1] if number % 6 == 4 else parts))
         ids = checkpoint.prompts.ids([message], [picture.grid for picture in tiled])
-        yield reference(checkpoint, ids, np.concatenate([picture.pixels for picture in tiled]))
+        cases.append(reference(checkpoint, ids, np.concatenate([picture.pixels for picture in tiled])))
+    return cases
 
 
 @torch.inference_mode()
 def reference(checkpoint: Checkpoint, ids: list[int], pixels: Floats, tokens: int = ANSWER_TOKENS) -> Case:
-    """Image features and greedy answer of transformers' own model for a prompt's ids and tiles [tile, 3, height, width]."""
+    """Features and greedy answer of transformers' own model for a prompt's ids and tiles [tile, 3, height, width]."""
     model, room = checkpoint.model, checkpoint.shapes.max_positions - len(ids)
     if room < 1:
-        raise NearfarError(f"a prompt of {len(ids)} tokens leaves no room among {checkpoint.shapes.max_positions} positions")
+        raise NearfarError(
+            f"a prompt of {len(ids)} tokens leaves no room among {checkpoint.shapes.max_positions} positions"
+        )
     tiles = torch.from_numpy(pixels)[None]
     prompt = torch.tensor([ids])
     generated = model.generate(
@@ -141,7 +145,7 @@ def summary(found: Differences, vocabulary: int) -> dict[str, Any]:
     entropy_share = float(np.mean(found.entropy)) / float(np.log(vocabulary))
     untrained = entropy_share >= RANDOM_ENTROPY_SHARE
     return {
-        "inputs": f"{found.prompts} prompts about drawn scenes, {len(found.kl)} answer positions, torch's greedy answers",
+        "inputs": f"{found.prompts} prompts about drawn scenes, torch's greedy answers, {len(found.kl)} positions",
         "mean_kl": None if untrained else float(np.mean(found.kl)),
         "mean_kl_is": "mean over positions of KL(torch || exported) in nats, through vision, embeddings and decoder",
         "kl_meaningful": not untrained,
@@ -156,7 +160,9 @@ def summary(found: Differences, vocabulary: int) -> dict[str, Any]:
 
 
 def check(quality: dict[str, Any], gate: Gate) -> None:
-    """Raises QualityGateFailed, which names the figure and its bound. A figure that is not a number fails."""
+    """Raises QualityGateFailed, which names the figure and its bound. Logits that are no numbers fail every gate."""
+    if not math.isfinite(quality["max_logit_error"]):
+        raise QualityGateFailed("the graphs give logits that are infinite or no numbers")
     for name, bound, unit in (("mean_kl", gate.max_mean_kl, "nats"), ("max_logit_error", gate.max_logit_error, "")):
         figure = quality[name]
         if bound is not None and figure is not None and not figure <= bound:

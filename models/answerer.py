@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple, Protocol, assert_never
 
 from models.errors import NearfarError
@@ -18,7 +18,7 @@ class Answerer(Protocol):
         """The target's name: `local/<model>@<recipe>` or `<provider>/<model>`."""
         ...
 
-    def stream(self, request: AnswerRequest) -> AsyncIterator[AnswerEvent]:
+    def stream(self, request: AnswerRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Text deltas, then exactly one Finished or Failed. Closing the iterator early cancels the work.
 
         Bad requests and failures of every kind arrive as Failed; the iterator itself raises nothing but cancellation.

@@ -1,8 +1,8 @@
 """The manifest of an exported model, and a folder checked against it.
 
 A bundle is a folder with `manifest.json`, `tokenizer.json`, `tokenizer_config.json`, `config.json` and `onnx/` in the
-published three-graph layout. Loading checks format, every file's size and sha256, and that no file, external tensor data
-included, lies outside the folder.
+published three-graph layout. Loading checks format, every file's size and sha256, and that no file, external tensor
+data included, lies outside the folder.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """The error tree. Each class knows its HTTP status, its type in the error object, and whether a retry can help.
 
-    NearfarError                    500  internal_error
-    +-- BadRequest                  400  invalid_request
-    |   +-- InvalidValue            422  invalid_value
-    |   +-- ContextLengthExceeded   400  context_length_exceeded
-    |   +-- PayloadTooLarge         413  payload_too_large
-    |   +-- UnsupportedMedia        415  unsupported_media
-    +-- Forbidden                   403  forbidden
-    +-- NotFound                    404  not_found
-    +-- RequestTimeout              408  timeout
-    +-- Overloaded                  429  overloaded          (retry)
-    +-- Unavailable                 503  unavailable         (retry)
-    |   +-- BundleError             503  bundle_error
-    +-- UpstreamError               502  upstream_error      (retry)
+NearfarError                    500  internal_error
++-- BadRequest                  400  invalid_request
+|   +-- InvalidValue            422  invalid_value
+|   +-- ContextLengthExceeded   400  context_length_exceeded
+|   +-- PayloadTooLarge         413  payload_too_large
+|   +-- UnsupportedMedia        415  unsupported_media
++-- Forbidden                   403  forbidden
++-- NotFound                    404  not_found
++-- RequestTimeout              408  timeout
++-- Overloaded                  429  overloaded          (retry)
++-- Unavailable                 503  unavailable         (retry)
+|   +-- BundleError             503  bundle_error
++-- UpstreamError               502  upstream_error      (retry)
 """
 
 from __future__ import annotations

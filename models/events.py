@@ -57,7 +57,7 @@ class ImageReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """`model_bytes`: the model's files as loaded. `process_peak_bytes`: the largest resident set of its process so far."""
+    """`model_bytes`: the model's files. `process_peak_bytes`: the largest resident set of its process so far."""
 
     model_bytes: int | None = None
     process_peak_bytes: int | None = None
@@ -65,7 +65,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Egress:
-    """What left the device. `bytes_sent` counts request-body bytes; loopback does not leave, yet its bytes are counted."""
+    """What left the device. `bytes_sent` counts request-body bytes, those to a loopback address too."""
 
     left_device: bool
     bytes_sent: int
@@ -89,7 +89,7 @@ class TextDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The answer is whole."""
+    """The answer is whole. `notice` is what its reader must know of the model, such as that it is a toy."""
 
     model: str
     target: str
@@ -100,6 +100,7 @@ class Finished:
     memory: Memory
     egress: Egress
     cost: Cost
+    notice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,9 +108,7 @@ def media_type(data: bytes) -> str:
     raise BadRequest("not an image: the bytes are neither JPEG, PNG, WebP nor GIF", param="image")
 
 
-def decode_image(
-    data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS
-) -> DecodedImage:
+def decode_image(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> DecodedImage:
     """Decode JPEG, PNG, WebP or GIF bytes to upright RGB; of an animation, the first frame.
 
     Size caps are checked on the header, before pixels are decoded. Alpha is laid over white and 16-bit values are
@@ -151,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reference_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:
-    """Width and height after the reference processor's first resize: longest edge exact, the other rounded up to even."""
+    """Width and height after the reference's first resize: longest edge exact, the other rounded up to even."""
     aspect = width / height
     if width >= height:
         new_width, new_height = longest_edge, int(longest_edge / aspect)
@@ -204,9 +202,7 @@ def tile_image(image: Image.Image, detail: Detail, processing: ImageProcessing) 
     """
     grid = choose_grid(image.width, image.height, detail, processing)
     tile = processing.tile_px
-    resized = image.resize(
-        reference_size(image.width, image.height, processing.longest_edge), Image.Resampling.LANCZOS
-    )
+    resized = image.resize(reference_size(image.width, image.height, processing.longest_edge), Image.Resampling.LANCZOS)
     cols, rows = max(grid.cols, 1), max(grid.rows, 1)
     # The reference processor resizes even where the size fits already; Pillow then copies, so the pixels are equal.
     resized = resized.resize((cols * tile, rows * tile), Image.Resampling.LANCZOS)

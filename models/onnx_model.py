@@ -1,25 +1,39 @@
 """A bundle's three ONNX graphs as typed functions over NumPy arrays. The only module that opens ONNX Runtime sessions.
 
-It knows graphs and buffers, not prompts: tiles in, features out; ids in, embeddings out; embeddings and a cache in, logits
-out. Not safe for concurrent use: one thread owns a model.
+It knows graphs and buffers, not prompts: tiles in, features out; ids in, embeddings out; embeddings and a cache in,
+logits out. Not safe for concurrent use: one thread owns a model.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from models.bundle import Bundle, GraphName
-from models.errors import BundleError, ContextLengthExceeded
+from models.errors import BundleError, ContextLengthExceeded, Unavailable
 
 Floats = npt.NDArray[np.float32]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+ExecutionProvider = Literal["auto", "cpu", "cuda"]
 CACHE_STEP = 64  # positions; a cache's length is rounded up to it
+
+
+def execution_providers(choice: ExecutionProvider) -> list[str]:
+    """ONNX Runtime's names, in order, for `cpu`, `cuda`, or `auto`: CUDA where this build and machine have it.
+
+    Raises Unavailable where CUDA is asked for and absent. The CPU always stands behind it, for operators without a
+    kernel.
+    """
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if choice == "cuda" and not has_cuda:
+        raise Unavailable("CUDA is asked for, and this onnxruntime has none: install onnxruntime-gpu in its place")
+    cuda = ["CUDAExecutionProvider"] if has_cuda and choice != "cpu" else []
+    return [*cuda, "CPUExecutionProvider"]
 
 
 def available_cores() -> int:
@@ -44,7 +58,7 @@ class KvCache:
 class OnnxModel:
     """Sessions over a checked bundle. Raises BundleError where a graph does not load."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> None:
         self.bundle = bundle
         self.shapes = bundle.manifest.shapes
         options = ort.SessionOptions()
@@ -53,7 +67,7 @@ class OnnxModel:
         options.log_severity_level = 3
         # Waiting threads that spin take the other core from HTTP, decoding and the second arm of a comparison.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._options, self._providers = options, list(providers)
+        self._options, self._providers = options, execution_providers(provider)
         self._vision = self._open("vision_encoder")
         self._embed = self._open("embed_tokens")
         self._decoder = self._open("decoder_model_merged")
@@ -73,7 +87,7 @@ class OnnxModel:
             raise BundleError(f"{path.name} does not load: {reason}") from error
 
     def new_cache(self, positions: int) -> KvCache:
-        """An empty cache for a sequence of at most that many positions. Raises ContextLengthExceeded above the model's."""
+        """An empty cache for at most that many positions. Raises ContextLengthExceeded above the model's."""
         if positions > self.shapes.max_positions:
             raise ContextLengthExceeded(
                 f"{positions} positions asked for, the model has {self.shapes.max_positions}", param="prompt"
@@ -89,7 +103,7 @@ class OnnxModel:
         return features
 
     def embed(self, ids: Sequence[int], features: Floats | None = None) -> Floats:
-        """[position] -> embeddings [1, position, hidden], with the image tokens' rows replaced by `features` in order."""
+        """[position] -> embeddings [1, position, hidden], the image tokens' rows being those of `features` in order."""
         array = np.asarray(ids, dtype=np.int64)[np.newaxis]
         embeds: Floats = self._embed.run(["inputs_embeds"], {"input_ids": array})[0]
         if features is not None:

@@ -31,7 +31,9 @@ class TextPart:
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_PROMPT_CHARACTERS:
-            raise BadRequest(f"the text has {len(self.text)} characters, at most {MAX_PROMPT_CHARACTERS}", param="prompt")
+            raise BadRequest(
+                f"the text has {len(self.text)} characters, at most {MAX_PROMPT_CHARACTERS}", param="prompt"
+            )
         if "\x00" in self.text or any("\ud800" <= character <= "\udfff" for character in self.text):
             raise BadRequest("the text holds a NUL or a lone surrogate", param="prompt")
 
@@ -123,7 +125,7 @@ def question(
     text = prompt if prompt and prompt.strip() else TASK_PROMPTS.get(task)
     if text is None:
         raise BadRequest("prompt is required", param="prompt")
-    parts = (*(ImagePart(data=data) for data in images), TextPart(text=text))
+    parts: tuple[Part, ...] = (*(ImagePart(data=data) for data in images), TextPart(text=text))
     return AnswerRequest(
         messages=(Message(role="user", parts=parts),), settings=settings or GenerationSettings(), detail=detail
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -40,10 +41,11 @@ class Services:
     async def load(self) -> None:
         """Load every model and build the targets. A failure is kept as the reason why the service is not ready."""
         try:
+            load = functools.partial(
+                LoadedModel.load, threads=self.settings.threads, provider=self.settings.execution_provider
+            )
             folders = model_folders(self.settings.models)
-            self._models = [
-                await asyncio.to_thread(LoadedModel.load, folder, threads=self.settings.threads) for folder in folders
-            ]
+            self._models = [await asyncio.to_thread(load, folder) for folder in folders]
             self._targets = Targets([*self._local_targets(), *self._hosted_targets()])
             self._reason = None
             log.info("ready: %s", ", ".join(target.name for target in self._targets))
@@ -118,7 +120,7 @@ def model_folders(names: tuple[str, ...]) -> list[Path]:
 
 
 def create_app(settings: Settings, environment: Mapping[str, str] | None = None) -> FastAPI:
-    """The ASGI application. Provider keys are read from `environment` (default: the process's) and from nowhere else."""
+    """The ASGI application. Providers' keys are read from `environment` alone; without one, from the process's."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""The command line. Each command parses, calls and prints; `export` is reached lazily, so torch is never needed to serve."""
+"""The command line: each command parses, calls and prints. `export` is reached lazily: serving needs no torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ModelsOption = Annotated[
-    list[str] | None, typer.Option("--model", help="embedded model or bundle folder; repeatable, the first is the default")
+    list[str] | None,
+    typer.Option("--model", help="embedded model or bundle folder; repeatable, the first is the default"),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="print the HTTP object")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON; where HTTP has the same, its object")]
 
 
 def settings_from(**overrides: Any) -> Settings:
@@ -59,7 +60,9 @@ def serve(
     ] = None,
     policy: Annotated[Policy | None, typer.Option(help="how far inputs may travel  [default: local-only]")] = None,
     threads: Annotated[int | None, typer.Option(help="threads per model  [default: one a core]")] = None,
-    allow_anonymous: Annotated[bool | None, typer.Option("--allow-anonymous", help="serve other machines keyless")] = None,
+    allow_anonymous: Annotated[
+        bool | None, typer.Option("--allow-anonymous", help="serve other machines keyless")
+    ] = None,
 ) -> None:
     """Serve POST /infer, POST /compare, the /v1 dialect and the page."""
     settings = settings_from(
@@ -110,7 +113,9 @@ def run_server(settings: Settings) -> None:
 @app.command()
 def infer(
     image: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP or GIF")],
-    prompt: Annotated[str | None, typer.Argument(help="the question; may be left out with --task caption or ocr")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="the question; may be left out with --task caption or ocr")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="target name or bundle folder")] = None,
     task: Annotated[Task, typer.Option()] = "vqa",
     detail: Annotated[str, typer.Option(help="low, high or auto")] = "auto",
@@ -153,6 +158,7 @@ def compare(
     settings = settings_from(policy=policy, endpoints=tuple(endpoint or ()))
     names = [name.strip() for name in targets.split(",") if name.strip()]
     with Console(stderr=True).status("loading the models") as status:
+
         def show(event: object) -> None:
             done = getattr(event, "result", None)
             if done is not None:
@@ -170,8 +176,8 @@ def compare(
 @app.command()
 def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
     """List the models that can be served, with source, size and measured quality."""
-    from serving.app import model_folders
     from serving.api.schemas import model_object
+    from serving.app import model_folders
     from serving.tables import models_table
 
     try:
@@ -191,7 +197,10 @@ def export(
     recipe: Annotated[str, typer.Option(help="fp32, int8 or int4")] = "int8",
     name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,
     license: Annotated[str | None, typer.Option(help="licence of the weights, for the manifest")] = None,
-    auto_tile_px: Annotated[int | None, typer.Option(help="picture pixels per tile at detail=auto  [default: the tile]")] = None,
+    auto_tile_px: Annotated[
+        int | None, typer.Option(help="picture pixels per tile at detail=auto  [default: the tile]")
+    ] = None,
+    notice: Annotated[str | None, typer.Option(help="what users of the bundle must know")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a bundle that is there")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -202,7 +211,14 @@ def export(
         fail(f"export needs more packages ({error.name} is missing): pip install 'nearfar[export]'")
     try:
         manifest = export_bundle(
-            source, recipe=recipe, out=out, name=name, license=license, auto_tile_px=auto_tile_px, overwrite=overwrite
+            source,
+            recipe=recipe,
+            out=out,
+            name=name,
+            license=license,
+            auto_tile_px=auto_tile_px,
+            notice=notice,
+            overwrite=overwrite,
         )
     except NearfarError as error:
         fail(error.message)
@@ -227,6 +243,29 @@ def demo(
         run_demo(keep=keep, port=port, console=Console())
     except NearfarError as error:
         fail(error.message)
+
+
+@app.command()
+def bench(
+    clients: Annotated[str, typer.Option(help="client counts, one after the other")] = "1,8",
+    requests: Annotated[int, typer.Option(min=1, max=100_000, help="requests for each count")] = 200,
+    model: Annotated[str | None, typer.Option(help="embedded model or bundle folder")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure POST /infer on this machine: requests per second, latency, start-up, memory."""
+    from serving.bench import bench_table, run_bench
+
+    counts = [int(count) for count in clients.split(",") if count.strip().isdigit() and 1 <= int(count) <= 256]
+    if not counts:
+        fail("--clients takes numbers of 1 to 256, separated by commas", status=2)
+    try:
+        result = run_bench(clients=counts, requests=requests, model=model, console=Console(stderr=True))
+    except NearfarError as error:
+        fail(error.message)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        bench_table(result, Console())
 
 
 def _request(

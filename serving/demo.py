@@ -1,7 +1,7 @@
 """`nearfar demo`: the whole path on a fresh machine. Two services on loopback, one question, both answers.
 
-The near side is this machine's int8 model. The far side stands in for a hosted one: a second nearfar process that serves
-the fp32 bundle through `/v1/chat/completions`, over real HTTP, and is labelled as what it is.
+The near side is this machine's int8 model. The far side stands in for a hosted one: a second nearfar process that
+serves the fp32 bundle through `/v1/chat/completions`, over real HTTP, and is labelled as what it is.
 """
 
 from __future__ import annotations

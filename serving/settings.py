@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.onnx_model import ExecutionProvider
 from models.request import Policy
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -32,6 +33,7 @@ class Settings(BaseSettings):
     allow_anonymous: bool = Field(False, description="serve other machines without keys")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="Host header values beyond loopback's")
     threads: int = Field(0, ge=0, description="threads per model, 0: one a core")
+    execution_provider: ExecutionProvider = Field("auto", description="cpu, cuda, or auto: CUDA where it is there")
     max_waiting: int = Field(64, ge=1, description="requests in hand before new ones get 429")
     max_running: int = Field(4, ge=1, description="requests that decode in turn")
     max_body_bytes: int = Field(64 * 2**20, ge=1024)
@@ -62,11 +64,11 @@ class Settings(BaseSettings):
         if self.is_loopback or self.api_keys:
             return None
         if not self.allow_anonymous:
-            return (
-                f"{self.host} can be reached from other machines: set NEARFAR_API_KEYS, or pass --allow-anonymous"
-            )
+            return f"{self.host} can be reached from other machines: set NEARFAR_API_KEYS, or pass --allow-anonymous"
         if self.policy != "local-only":
-            return f"{self.host} without keys cannot be served under policy {self.policy}: strangers would spend your keys"
+            return (
+                f"{self.host} without keys cannot be served under policy {self.policy}: strangers would spend your keys"
+            )
         return None
 
     @property

@@ -94,4 +94,3 @@ def models_table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     for notice in dict.fromkeys(row["notice"] for row in rows if row["notice"]):
         console.print(notice, markup=False)
-

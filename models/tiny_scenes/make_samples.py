@@ -1,8 +1,8 @@
 """Draws the sample pictures and their questions: `python -m models.tiny_scenes.make_samples` rewrites `samples/`.
 
 Every answer is read off the drawn scene, so it is true by construction; a question that the scene does not settle is an
-error. The seeds were picked by eye. None of these scenes was trained on: training never writes the number, and its scenes
-come from other seeds.
+error. The seeds were picked by eye. None of these scenes was trained on: training never writes the number, and its
+scenes come from other seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Sample:
 
 def the_only(scene: Scene, kind: str = "", color: str = "") -> Thing:
     """The one thing of that kind or colour. Raises ValueError where there is none or more than one."""
-    (thing,) = (thing for thing in scene.things if thing.kind == (kind or thing.kind) and thing.color == (color or thing.color))
+    (thing,) = (
+        thing for thing in scene.things if thing.kind == (kind or thing.kind) and thing.color == (color or thing.color)
+    )
     return thing
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,8 +52,8 @@ class Scene:
 
 
 def is_held_out_number(number: str) -> bool:
-    """A tenth of all numbers is never written in training."""
-    return (int(number) * 7919 + 13) % 10 == 0
+    """Half of the numbers that end in 3 are never written in training; every digit is still seen in every place."""
+    return number.endswith("3") and zlib.crc32(number.encode()) % 2 == 0
 
 
 def draw_scene(rng: random.Random, *, held_out: bool = False, number: bool | None = None, side_px: int = 0) -> Scene:
@@ -70,7 +71,8 @@ def draw_scene(rng: random.Random, *, held_out: bool = False, number: bool | Non
     else:
         tint = rng.randint(214, 255)
         ground = tuple(min(255, max(0, tint + rng.randint(-12, 12))) for _ in range(3))
-    # Small pictures are drawn at twice their size and halved: their edges are then soft, as in a scaled-down photograph.
+    # Small pictures are drawn at twice their size and halved: their edges are then soft, as in a scaled-down
+    # photograph.
     soft = max(width, height) <= 160 and rng.random() < 0.5
     scale = 2 if soft else 1
     image = Image.new("RGB", (width * scale, height * scale), ground)
@@ -92,7 +94,7 @@ def _draw_shapes(image: Image.Image, colors: list[str], rng: random.Random) -> l
     width, height = image.size
     short = min(width, height)
     placed: list[tuple[float, float, float]] = []
-    things = []
+    things: list[Thing] = []
     draw = ImageDraw.Draw(image)
     for _ in range(rng.choices(range(1, MAX_SHAPES + 1), (18, 24, 24, 24, 10))[0]):
         for _attempt in range(60):
@@ -137,9 +139,7 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _draw_number(
-    image: Image.Image, colors: list[str], rng: random.Random, held_out: bool
-) -> tuple[list[Thing], str]:
+def _draw_number(image: Image.Image, colors: list[str], rng: random.Random, held_out: bool) -> tuple[list[Thing], str]:
     while True:
         text = str(rng.randint(0, 10 ** rng.randint(1, 3) - 1))
         if is_held_out_number(text) == held_out:
@@ -163,59 +163,101 @@ def _draw_number(
 # Each row: phrasings seen in training, then one that only the held-out `unseen phrasing` rows ask.
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "color of shape": (
-        "What color is the {shape}?", "What colour is the {shape}?", "Which color does the {shape} have?",
-        "Tell me the color of the {shape}.", "Name the {shape}'s colour.", "What is the color of the {shape}?",
-        "The {shape} is which color?", "In which colour is the {shape} drawn?",
+        "What color is the {shape}?",
+        "What colour is the {shape}?",
+        "Which color does the {shape} have?",
+        "Tell me the color of the {shape}.",
+        "Name the {shape}'s colour.",
+        "What is the color of the {shape}?",
+        "The {shape} is which color?",
+        "In which colour is the {shape} drawn?",
         "Which colour is the {shape}?",
     ),
     "shape of color": (
-        "Which shape is {color}?", "What shape is {color}?", "What is the {color} shape?", "Name the {color} shape.",
-        "What kind of shape is the {color} one?", "Which {color} shape do you see?", "Tell me which shape is {color}.",
+        "Which shape is {color}?",
+        "What shape is {color}?",
+        "What is the {color} shape?",
+        "Name the {color} shape.",
+        "What kind of shape is the {color} one?",
+        "Which {color} shape do you see?",
+        "Tell me which shape is {color}.",
         "What shape has the color {color}?",
         "What is the shape that is {color}?",
     ),
     "count": (
-        "How many shapes are there?", "How many shapes do you see?", "Count the shapes.",
-        "How many objects are in the picture?", "What is the number of shapes?", "How many shapes are in the image?",
-        "How many things are there?", "Tell me how many shapes there are.",
+        "How many shapes are there?",
+        "How many shapes do you see?",
+        "Count the shapes.",
+        "How many objects are in the picture?",
+        "What is the number of shapes?",
+        "How many shapes are in the image?",
+        "How many things are there?",
+        "Tell me how many shapes there are.",
         "How many shapes does the picture show?",
     ),
     "count some": (
-        "How many {some} are there?", "How many {some} do you see?", "Count the {some}.",
-        "How many {some} are in the picture?", "What is the number of {some}?", "How many {some} are in the image?",
-        "How many {some} can you count?", "Tell me how many {some} there are.",
+        "How many {some} are there?",
+        "How many {some} do you see?",
+        "Count the {some}.",
+        "How many {some} are in the picture?",
+        "What is the number of {some}?",
+        "How many {some} are in the image?",
+        "How many {some} can you count?",
+        "Tell me how many {some} there are.",
         "How many {some} does the picture show?",
     ),
     "presence": (
-        "Is there a {thing}?", "Is there a {thing} in the picture?", "Do you see a {thing}?", "Can you see a {thing}?",
-        "Does the picture show a {thing}?", "Is a {thing} in the image?", "Is there any {thing}?",
+        "Is there a {thing}?",
+        "Is there a {thing} in the picture?",
+        "Do you see a {thing}?",
+        "Can you see a {thing}?",
+        "Does the picture show a {thing}?",
+        "Is a {thing} in the image?",
+        "Is there any {thing}?",
         "Tell me if there is a {thing}.",
         "Can you see any {thing} in the picture?",
     ),
     "is position": (
-        "Is the {one} {side} the {other}?", "Is the {one} placed {side} the {other}?",
-        "Do you see the {one} {side} the {other}?", "Tell me if the {one} is {side} the {other}.",
+        "Is the {one} {side} the {other}?",
+        "Is the {one} placed {side} the {other}?",
+        "Do you see the {one} {side} the {other}?",
+        "Tell me if the {one} is {side} the {other}.",
         "In the picture, is the {one} {side} the {other}?",
         "Is the {one} drawn {side} the {other}?",
     ),
     "where": (
-        "Where is the {one}: {choice} the {other}?", "Is the {one} {choice} the {other}?",
-        "Tell me where the {one} is, {choice} the {other}?", "The {one} is {choice} the {other}?",
+        "Where is the {one}: {choice} the {other}?",
+        "Is the {one} {choice} the {other}?",
+        "Tell me where the {one} is, {choice} the {other}?",
+        "The {one} is {choice} the {other}?",
         "Where do you see the {one}, {choice} the {other}?",
     ),
     "number": (
-        "What number is written?", "Which number do you see?", "Read the number.", "What number is this?",
-        "What is the number in the picture?", "Which number is shown?", "Tell me the number.", "What is written?",
+        "What number is written?",
+        "Which number do you see?",
+        "Read the number.",
+        "What number is this?",
+        "What is the number in the picture?",
+        "Which number is shown?",
+        "Tell me the number.",
+        "What is written?",
         "Read the text in the image.",
         "Which number is in the image?",
     ),
     "caption": (
-        "Describe the image.", "Describe the picture.", "What do you see?", "What is in the picture?", "Caption this image.",
+        "Describe the image.",
+        "Describe the picture.",
+        "What do you see?",
+        "What is in the picture?",
+        "Caption this image.",
         "List everything in the picture.",
         "Describe what you see.",
     ),
     "whole": (
-        "What is in the picture?", "What do you see?", "What is this?", "Which shape is it, and in which color?",
+        "What is in the picture?",
+        "What do you see?",
+        "What is this?",
+        "Which shape is it, and in which color?",
         "What is shown?",
     ),
 }

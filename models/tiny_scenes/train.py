@@ -1,10 +1,11 @@
 """Trains tiny-scenes from scratch: `python -m models.tiny_scenes.train --out checkpoint`.
 
-One row of a batch is one picture with many questions about it. The row holds the picture's prompt once and each question
-with its answer as a branch that sees the prompt and itself alone (a block mask, positions counted anew in each branch), so
-that every branch is to the model exactly the prompt that serving builds, and the picture is encoded once for all of them.
-Two things make so small a model learn at all in an hour on two cores: dense captions, which name everything in the
-picture, and for the first part of training a linear probe on the image features that says what each cell holds.
+One row of a batch is one picture with many questions about it. The row holds the picture's prompt once and each
+question with its answer as a branch that sees the prompt and itself alone (a block mask, positions counted anew in
+each branch), so that every branch is to the model exactly the prompt that serving builds, and the picture is encoded
+once for all of them. Two things make so small a model learn at all in an hour on two cores: dense captions, which
+name everything in the picture, and for the first part of training a linear probe on the image features that says what
+each cell holds.
 
 Deterministic by seed: batch number k is a function of (seed, k), whether or not the run was interrupted.
 """
@@ -57,7 +58,7 @@ PROBE_UNTIL = 0.5  # the probe's loss fades out by this share of the steps
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits, learnt on the questions and answers themselves, and SmolVLM's special tokens."""
+    """A byte-level BPE with single digits, learnt on questions and answers, and SmolVLM's special tokens."""
     rng = random.Random(seed)
     texts = []
     for _ in range(3000):
@@ -112,6 +113,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> SmolVLMForCondi
         pad_token_id=2,
     )  # fmt: skip
     model = SmolVLMForConditionalGeneration(config)
+    assert model.generation_config is not None
     model.generation_config.update(bos_token_id=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=2)
     return model
 
@@ -188,7 +190,8 @@ class Batches(Dataset[Batch]):
         if step % 8 == 7:
             detail, side_px, rows = ("high", 0, self.rows // 4) if step % 16 == 7 else ("auto", 300, self.rows // 3)
         text_first = step % 6 == 4
-        pictures, packed, cells = [], [], []
+        pictures, cells = [], []
+        packed: list[Row] = []
         grid: Grid | None = None
         while len(packed) < rows:
             scene = scenes.draw_scene(rng, side_px=side_px)
@@ -227,7 +230,8 @@ class Batches(Dataset[Batch]):
         bound = ROW_TOKENS + len(self.encode(picture)) * (3 if text_first else 1)
         names = [name for name in scenes.ASKERS if name not in ("caption", "json")]
         rng.shuffle(names)
-        names = ["caption", *names, "json", *names, *names]
+        # Then what is hardest to learn, as long as there is room.
+        names = ["caption", *names, "json", *["count", "position", "number"] * 4]
         for number, name in enumerate(names, start=1):
             pair = scenes.ASKERS[name](scene, rng)
             if pair is None:
@@ -247,7 +251,8 @@ class Batches(Dataset[Batch]):
         ids: list[int] = []
         targets: list[int] = []
         for index, (question, answer) in enumerate(turns):
-            # The template puts a space before a message that begins with text, none before one that begins with a picture.
+            # The template puts a space before a message that begins with text, none before one that begins with a
+            # picture.
             opening = "\nUser: " if index else " " if picture else ""
             ask = self.encode(f"{opening}{question}{picture if index == 0 else ''}<end_of_utterance>\nAssistant:")
             reply = self.encode(f" {answer}<end_of_utterance>")
@@ -284,7 +289,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for matrix in group["params"]:
@@ -292,6 +297,7 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in shapes.items():
                 updates = []
                 for matrix in matrices:
+                    assert matrix.grad is not None
                     buffer = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
                     buffer.lerp_(matrix.grad, 1 - group["momentum"])
                     updates.append(torch.lerp(matrix.grad, buffer, group["momentum"]))
@@ -303,7 +309,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalised(updates: torch.Tensor) -> torch.Tensor:
     """[matrix, row, column] with singular values near 1: five Newton-Schulz steps with Muon's quintic coefficients."""
-    wide = updates if updates.shape[1] <= updates.shape[2] else updates.mT
+    wide: torch.Tensor = updates if updates.shape[1] <= updates.shape[2] else updates.mT
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = wide @ wide.mT
@@ -334,12 +340,11 @@ class Learner:
 
 
 def make_learner(tokenizer: PreTrainedTokenizerFast, seed: int) -> Learner:
-    """Muon for the layers' matrices, AdamW for everything else.
-
-    """
+    """Muon for the layers' matrices, AdamW for everything else."""
     model = make_model(tokenizer, seed)
     probe = nn.Linear(192, len(CELL_CLASSES) + len(scenes.COLORS))
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name or "proj.weight" in name]
+    named = model.named_parameters()
+    matrices = [p for name, p in named if p.dim() == 2 and ("layers" in name or "modality_projection" in name)]
     chosen = {id(p) for p in matrices}
     others = [p for p in (*model.parameters(), *probe.parameters()) if id(p) not in chosen]
     muon = Muon(matrices)
@@ -358,7 +363,7 @@ def image_features(model: SmolVLMForConditionalGeneration, pixels: torch.Tensor)
 
 
 def losses(learner: Learner, batch: Batch, image_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers, share of answer tokens that are right, and the probe's loss (0 without cells)."""
+    """Mean cross-entropy of the answers, share of answer tokens that are right, and the probe's loss or 0."""
     model = learner.model
     features = image_features(model, batch.pixels)
     rows, length = batch.ids.shape
@@ -414,10 +419,11 @@ def train(out: Path, *, steps: int, rows: int, seed: int, peak: float, save_ever
     """Train for `steps`; resume where `out` holds a state of the same run. Writes a usable checkpoint at every save."""
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(seed)
+    state_path = out / "training_state.pt"
+    # The tokenizer is learnt on drawn scenes: a resumed run keeps its own, even where the drawing has changed since.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out) if state_path.exists() else make_tokenizer(seed)
     tokenizer.save_pretrained(out)
     learner = make_learner(tokenizer, seed)
-    state_path = out / "training_state.pt"
     if state_path.exists():
         learner.restore(torch.load(state_path, weights_only=True))
         tqdm.write(f"resumed at step {learner.step}")

@@ -158,9 +158,7 @@ async def _whole(answerer: Answerer, question: AnswerRequest) -> dict[str, Any]:
     return {**_frame("chat.completion", answerer.name), "choices": [choice], "usage": _usage(finished.usage)}
 
 
-async def _chunks(
-    answerer: Answerer, question: AnswerRequest, body: ChatBody, request_id: str
-) -> AsyncIterator[str]:
+async def _chunks(answerer: Answerer, question: AnswerRequest, body: ChatBody, request_id: str) -> AsyncIterator[str]:
     frame = _frame("chat.completion.chunk", answerer.name)
 
     def chunk(delta: dict[str, str], reason: str | None = None) -> str:

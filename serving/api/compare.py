@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, assert_never
 
@@ -43,7 +43,7 @@ async def compare_targets(request: Request) -> Response:
     return JSONResponse(await unless_client_leaves(request, _whole(events, request.state.request_id)))
 
 
-async def _whole(events: AsyncIterator[CompareEvent], request_id: str) -> dict[str, Any]:
+async def _whole(events: AsyncGenerator[CompareEvent, None], request_id: str) -> dict[str, Any]:
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Compared):
@@ -51,7 +51,7 @@ async def _whole(events: AsyncIterator[CompareEvent], request_id: str) -> dict[s
     raise NearfarError("the comparison ended without a result")
 
 
-async def _written(events: AsyncIterator[CompareEvent], request_id: str) -> AsyncIterator[str]:
+async def _written(events: AsyncGenerator[CompareEvent, None], request_id: str) -> AsyncIterator[str]:
     async with aclosing(events):
         async for event in events:
             match event:

@@ -45,9 +45,7 @@ async def _whole(answer_id: str, answerer: Answerer, question: AnswerRequest) ->
     return answer_object(answer_id, text, finished)
 
 
-async def _events(
-    answer_id: str, answerer: Answerer, question: AnswerRequest, request_id: str
-) -> AsyncIterator[str]:
+async def _events(answer_id: str, answerer: Answerer, question: AnswerRequest, request_id: str) -> AsyncIterator[str]:
     pieces: list[str] = []
     async with aclosing(answerer.stream(question)) as events:
         async for event in events:

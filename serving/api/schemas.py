@@ -93,6 +93,7 @@ def answer_object(answer_id: str, text: str, finished: Finished) -> dict[str, An
         "memory": asdict(finished.memory),
         "egress": asdict(finished.egress),
         "cost": asdict(finished.cost),
+        "notice": finished.notice,
     }
 
 
@@ -141,5 +142,3 @@ def _rounded(figures: dict[str, float | None]) -> dict[str, float | None]:
 def sse(event: str, data: dict[str, Any]) -> str:
     """One server-sent event."""
     return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
-
-

@@ -1,4 +1,4 @@
-"""What stands before every route: Host allow-list, cross-site rule, body caps, request ids; and the key check of routes."""
+"""What stands before every route: Host allow-list, cross-site rule, body caps, request ids; and the key check."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def host_name(header: str) -> str:
 
 
 class Guard:
-    """ASGI middleware. A refusal is answered here; what passes gets an id and a `receive` that counts and times the body."""
+    """ASGI middleware. What it lets pass has a request id and a `receive` that counts and times the body."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings

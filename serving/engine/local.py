@@ -1,4 +1,4 @@
-"""A model on this machine as an Answerer: admission, worker threads, the engine's thread, events back on the event loop."""
+"""A model on this machine as an Answerer: admission, worker threads, the engine's thread, events back again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import asyncio
 import resource
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from comparisons.cost import LOCAL_COST
-from models.answerer import AnswerEvent
 from models.errors import NearfarError, Overloaded
-from models.events import Egress, Failed, Finished, Memory, TextDelta
+from models.events import AnswerEvent, Egress, Failed, Finished, Memory, TextDelta
 from models.request import AnswerRequest
 from serving.engine.loop import EngineLoop, Job
 from serving.engine.prepare import LoadedModel, prepare
@@ -51,7 +50,7 @@ class LocalAnswerer:
     async def aclose(self) -> None:
         """Nothing of its own: the engine is closed by whoever made it."""
 
-    async def stream(self, request: AnswerRequest) -> AsyncIterator[AnswerEvent]:
+    async def stream(self, request: AnswerRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Text as it is decoded, then Finished or Failed. Closing it early cancels the sequence within one step."""
         arrived = self._clock()
         if self._engine.in_hand >= self._engine.max_waiting:
@@ -61,9 +60,7 @@ class LocalAnswerer:
         sequence: Sequence | None = None
         try:
             event_loop = asyncio.get_running_loop()
-            prompt = await event_loop.run_in_executor(
-                self._engine.workers, prepare, self._model, request, self._clock
-            )
+            prompt = await event_loop.run_in_executor(self._engine.workers, prepare, self._model, request, self._clock)
             sequence = Sequence(self._model, prompt, request.settings, arrived=arrived, clock=self._clock)
             events: asyncio.Queue[str | NearfarError | None] = asyncio.Queue()
 
@@ -93,6 +90,7 @@ class LocalAnswerer:
             memory=Memory(model_bytes=self._model.bundle.model_bytes, process_peak_bytes=process_peak_bytes()),
             egress=Egress(left_device=False, bytes_sent=0, destination=None),
             cost=LOCAL_COST,
+            notice=self._model.bundle.manifest.notice,
         )
 
 

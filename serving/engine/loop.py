@@ -38,6 +38,11 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="nearfar-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> int:
+        """Sequences that are being advanced; those waiting are not counted."""
+        return len(self._running)
+
     def submit(self, job: Job) -> None:
         """Queue a sequence. Its bound is the caller's admission, which counts requests, not jobs."""
         self._inbox.put(job)

@@ -10,7 +10,7 @@ from models.bundle import Bundle
 from models.errors import ContextLengthExceeded
 from models.events import ImageReport
 from models.images import DecodedImage, Detail, Grid, TiledImage, choose_grid, decode_image, tile_image
-from models.onnx_model import OnnxModel
+from models.onnx_model import ExecutionProvider, OnnxModel
 from models.prompt import PromptRenderer
 from models.request import AnswerRequest
 from models.tokenizer import TextTokenizer
@@ -25,12 +25,12 @@ class LoadedModel:
     renderer: PromptRenderer
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 0) -> LoadedModel:
+    def load(cls, folder: Path, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> LoadedModel:
         """Check, open and warm a bundle. Raises BundleError."""
         bundle = Bundle.load(folder)
         tokenizer = TextTokenizer(folder / "tokenizer.json")
         renderer = PromptRenderer.from_folder(folder, tokenizer, bundle.manifest.shapes.image_tokens_per_tile)
-        onnx = OnnxModel(bundle, threads=threads)
+        onnx = OnnxModel(bundle, threads=threads, provider=provider)
         onnx.warm_up()
         return cls(onnx=onnx, tokenizer=tokenizer, renderer=renderer)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from PIL import Image
 
@@ -36,6 +36,7 @@ from serving.hosted.providers import Provider
 if TYPE_CHECKING:
     import httpx2
     import openai
+    from httpx2 import ServerSentEvent
 
 T = TypeVar("T")
 
@@ -142,16 +143,21 @@ class OpenAICompatible:
     async def aclose(self) -> None:
         """Close the connections. Running streams end in Failed."""
         self._closed = True
-        if self._client is not None:
-            await self._client.close()
+        async with self._opening:
+            if self._client is not None:
+                await self._client.close()
 
     async def _open(self) -> openai.AsyncOpenAI:
-        """The client, made at the first call: importing the SDK takes about a second, and belongs to no answer."""
+        """The client, made at the first call. Importing the SDK takes a second, and belongs to no answer's TTFT."""
         async with self._opening:
             if self._closed:
                 raise Unavailable(f"{self.name} is closed")
             if self._client is None:
-                self._client = await asyncio.to_thread(self._connect)
+                client = await asyncio.to_thread(self._connect)
+                from anyio.lowlevel import checkpoint
+
+                await checkpoint()  # imports its backend, which has to happen in the event loop
+                self._client = client
             return self._client
 
     def _connect(self) -> openai.AsyncOpenAI:
@@ -172,8 +178,8 @@ class OpenAICompatible:
             while (delta := await deadline.keep(anext(deltas, None))) is not None:
                 progress.add(delta, self._clock())
                 if delta.text:
-                    deadline.text_came()
                     yield TextDelta(text=delta.text)
+                    deadline.text_came()  # after the reader has taken it: a slow reader is not the provider's fault
             finished = self._finished(progress, images, response)
         yield finished
 
@@ -187,16 +193,16 @@ class OpenAICompatible:
             raise UpstreamError(
                 f"{self._provider.name} answered {response.status_code} with {what} instead of a stream"
             )
-        events = aiter(EventSource(response))
-        async for event in events:
-            if event.data:
-                delta = to_delta(event.data)
-                yield delta
-                if delta.done:
-                    break
-        with suppress(Exception):
-            async with asyncio.timeout(DRAIN_S):
-                await anext(events, None)
+        async with aclosing(cast("AsyncGenerator[ServerSentEvent, None]", aiter(EventSource(response)))) as events:
+            async for event in events:
+                if event.data:
+                    delta = to_delta(event.data)
+                    yield delta
+                    if delta.done:
+                        break
+            with suppress(Exception):
+                async with asyncio.timeout(DRAIN_S):
+                    await anext(events, None)
 
     def _prepare(self, request: AnswerRequest) -> tuple[dict[str, Any], tuple[ImageReport, ...]]:
         body = to_body(request, self._model, self._provider)

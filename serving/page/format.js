@@ -26,10 +26,10 @@ export function rate(tokensPerSecond) {
 export function bytes(value) {
   if (!known(value)) return null;
   if (value < 1000) return plural(value, "byte");
-  const units = ["kB", "MB", "GB", "TB"];
-  const power = Math.min(units.length, Math.floor(Math.log10(value) / 3));
-  const scaled = value / 1000 ** power;
-  return `${number(scaled, scaled < 100 ? 1 : 0)} ${units[power - 1]}`;
+  const units = ["kB", "MB", "GB"];
+  let scaled = value / 1000;
+  for (; scaled >= 999.5 && units.length > 1; scaled /= 1000) units.shift();
+  return `${number(scaled, scaled < 99.95 ? 1 : 0)} ${units[0]}`;
 }
 
 export function dollars(value) {

@@ -1,0 +1,77 @@
+# Everything a user or a contributor runs. Two environments: .venv as users have it, .venv-test with all that tests need.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES = $(shell find models export comparisons serving -type f -not -path '*/__pycache__/*' -not -path '*/checkpoint/*' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check check-slow format bundles clean chromium
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed  ## install into .venv and show both answers side by side; KEEP=1 keeps serving the page
+	.venv/bin/nearfar demo $(if $(filter 1,$(KEEP)),--keep)
+
+test: .venv-test/.installed chromium  ## install into .venv-test and run the tests; PYTEST_ARGS='-k name' to choose
+	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+check: .venv-test/.installed  ## everything before a commit: formatting, lint, types, tests
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/ruff check .
+	.venv-test/bin/mypy
+	@$(MAKE) --no-print-directory test
+
+check-slow: .venv-test/.installed  ## the tests marked slow
+	.venv-test/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+format: .venv-test/.installed  ## format, and repair what lint can repair
+	.venv-test/bin/ruff format .
+	.venv-test/bin/ruff check --fix .
+
+bundles: .venv-test/.installed  ## export the embedded model's bundles from its checkpoint
+	for recipe in int8 fp32; do \
+		.venv-test/bin/nearfar export models/tiny_scenes/checkpoint --recipe $$recipe --name tiny-scenes \
+			--license Apache-2.0 --auto-tile-px 256 --notice "$$(cat models/tiny_scenes/NOTICE)" \
+			--out models/tiny_scenes/bundles/$$recipe || exit 1; \
+	done
+
+clean:  ## remove the environments and all that tools left behind
+	rm -rf .venv .venv-test build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed as users install it, so a changed source is installed again. build/ goes first: setuptools would pack what lies there.
+.venv/.installed: pyproject.toml constraints.txt $(SOURCES)
+	@test -x .venv/bin/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "== installing nearfar[hosted] into .venv (half a minute the first time)"
+	@rm -rf build
+	@.venv/bin/python $(PIP_INSTALL) --no-compile '.[hosted]'
+	@rm -rf build
+	@touch $@
+
+# torch first, and alone: asked for by its exact version, pip takes a CPU build where one is at hand; asked for by another
+# package it may take one with several GB of CUDA.
+.venv-test/.installed: pyproject.toml constraints.txt
+	@test -x .venv-test/bin/python || { echo "== making .venv-test"; $(PYTHON) -m venv .venv-test; }
+	@echo "== installing torch into .venv-test (a minute or two the first time)"
+	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
+	@echo "== installing nearfar[hosted,export,dev] into .venv-test (a minute or two the first time)"
+	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,export,dev]'
+	@touch $@
+
+# The page's tests drive a browser. Without one they would be skipped, and nobody would know.
+chromium:
+	@if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "The page's tests need chromium or google-chrome on PATH: install one, and run this again." >&2; exit 1; \
+	fi; \
+	sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi; \
+	if [ -n "$$sudo" ] && ! command -v sudo >/dev/null; then \
+		echo "The page's tests need chromium: run 'apt-get install chromium' as root, and run this again." >&2; exit 1; \
+	fi; \
+	echo "== installing chromium with apt-get"; \
+	$$sudo apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null || { \
+		echo "chromium could not be installed with apt-get: install it by hand, and run this again." >&2; exit 1; \
+	}

@@ -1,0 +1,90 @@
+"""What is refused before anything is exported, and how a tile's patches are placed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.bundling import export_bundle
+from export.checkpoint import CheckpointError, load_checkpoint
+from models.errors import BadRequest
+
+
+@pytest.fixture
+def copy(tmp_path: Path, embedded_checkpoint: Path) -> Path:
+    folder = tmp_path / "source"
+    shutil.copytree(embedded_checkpoint, folder, ignore=shutil.ignore_patterns("*.pt"))
+    return folder
+
+
+def change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pkl"])
+def test_pickled_weights_are_refused_and_never_opened(copy: Path, tmp_path: Path, name: str) -> None:
+    (copy / "model.safetensors").rename(copy / name)
+    with pytest.raises(CheckpointError, match="pickle"):
+        export_bundle(copy, recipe="fp32", out=tmp_path / "out", show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(copy: Path) -> None:
+    (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert load_checkpoint(copy).shapes.layers > 0
+
+
+def test_code_in_the_checkpoint_is_refused(copy: Path) -> None:
+    change(copy / "config.json", auto_map={"AutoModel": "modeling.Model"})
+    with pytest.raises(CheckpointError, match="remote code"):
+        load_checkpoint(copy)
+
+
+def test_another_architecture_is_refused(copy: Path) -> None:
+    change(copy / "config.json", model_type="qwen2_vl")
+    with pytest.raises(CheckpointError, match="qwen2_vl"):
+        load_checkpoint(copy)
+
+
+def test_a_shard_outside_the_folder_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"\.\./model\.safetensors"):
+        load_checkpoint(copy)
+
+
+def test_damaged_weights_are_one_line(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!")
+    with pytest.raises(CheckpointError, match="does not load") as caught:
+        load_checkpoint(copy)
+    assert "\n" not in caught.value.message
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_checkpoint(tmp_path)
+
+
+def test_an_unknown_recipe_is_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="int3"):
+        export_bundle(copy, recipe="int3", out=tmp_path / "out")
+
+
+def test_the_source_is_never_overwritten(copy: Path) -> None:
+    for out in (copy, copy.parent):
+        with pytest.raises(BadRequest, match="source"):
+            export_bundle(copy, recipe="fp32", out=out, overwrite=True)
+    assert (copy / "model.safetensors").is_file()
+
+
+def test_patch_number_i_has_position_i(embedded_checkpoint: Path) -> None:
+    embeddings = load_checkpoint(embedded_checkpoint).model.model.vision_model.embeddings
+    nothing = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        seen = embeddings(nothing)[0] - embeddings.patch_embedding.bias
+    torch.testing.assert_close(seen, embeddings.position_embedding.weight.detach())

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from comparisons.cost import price
+from models.errors import InvalidValue
+from models.events import Usage
+from serving.hosted.providers import PROVIDERS, available, parse_endpoint
+
+
+@pytest.mark.parametrize(("row", "model"), [(row, model) for row in PROVIDERS for model in row.models])
+def test_every_built_in_model_has_a_price(row, model):
+    assert price(row.price_provider, model, Usage(prompt_tokens=1000, completion_tokens=10)).usd > 0
+
+
+@pytest.mark.parametrize("row", PROVIDERS)
+def test_built_in_providers_leave_the_device_by_https(row):
+    assert row.leaves_device
+    assert row.base_url.startswith("https://")
+    assert row.destination.endswith(":443")
+
+
+def test_an_endpoint_is_a_name_a_url_and_models():
+    row = parse_endpoint("far=http://127.0.0.1:9001/v1,tiny-scenes@fp32, other")
+    assert (row.name, row.base_url, row.models) == ("far", "http://127.0.0.1:9001/v1", ("tiny-scenes@fp32", "other"))
+    assert row.destination == "127.0.0.1:9001"
+
+
+def test_a_provider_on_loopback_is_labelled_as_running_on_this_device():
+    assert parse_endpoint("far=http://[::1]:9001/v1,m").description == "far, on this device, [::1]:9001"
+    assert parse_endpoint("far=http://10.0.0.5:9001/v1,m").description == "far, at 10.0.0.5:9001"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "far",
+        "far=",
+        "far=http://h/v1",
+        "far=http://h/v1,",
+        "far=http://h/v1,a,,b",
+        "far=ftp://h/v1,m",
+        "far=http:///v1,m",
+        "far=http://h:99999/v1,m",
+        "far=http://user:hunter2@h/v1,m",
+        "far=http://h/v1?key=hunter2,m",
+        "far=http://[h/v1,m",
+        "a/b=http://h/v1,m",
+        "local=http://h/v1,m",
+    ],
+)
+def test_a_malformed_endpoint_is_refused_without_repeating_its_url(text):
+    with pytest.raises(InvalidValue) as raised:
+        parse_endpoint(text)
+    assert "hunter2" not in raised.value.message
+
+
+def test_a_provider_is_available_when_its_key_is_in_the_environment_given(monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "sk-not-asked-for")
+    own = parse_endpoint("far=http://127.0.0.1:9001/v1,m")
+    found = available([*PROVIDERS, own], {"OPENAI_API_KEY": " sk-secret\n", "OPENROUTER_API_KEY": " "})
+    assert [(item.provider.name, item.key) for item in found] == [("openai", "sk-secret"), ("far", "none")]
+    assert "sk-secret" not in repr(found)
+
+
+def test_the_sdk_is_not_imported_before_a_hosted_model_is_asked():
+    code = "import sys, serving.hosted.openai_compatible, comparisons.cost; print([m for m in sys.modules if m in bad])"
+    code = code.replace("bad", "('openai', 'httpx2', 'genai_prices')")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

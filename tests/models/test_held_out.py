@@ -1,0 +1,29 @@
+"""What the embedded model is claimed to know, on scenes, numbers and seeds that training never saw."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.tiny_scenes.evaluate import Row, evaluate
+from serving.settings import embedded_bundles
+
+CLAIMS = {"color": 0.95, "shape": 0.95, "presence": 0.95, "count": 0.95, "number": 0.85}
+PER_ROW = 200  # 1,000 scenes in all
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, dict[str, Row]]:
+    return {name: evaluate(folder, PER_ROW, CLAIMS) for name, folder in embedded_bundles().items()}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("row", CLAIMS)
+def test_the_default_bundle_knows_what_is_claimed(tables: dict[str, dict[str, Row]], row: str) -> None:
+    assert tables["tiny-scenes@int8"][row].share >= CLAIMS[row]
+
+
+@pytest.mark.timeout(600)
+def test_int8_is_within_a_point_of_fp32_on_a_thousand_scenes(tables: dict[str, dict[str, Row]]) -> None:
+    int8, fp32 = (sum(row.right for row in table.values()) for table in tables.values())
+    assert sum(row.asked for row in tables["tiny-scenes@fp32"].values()) == 1000
+    assert int8 >= fp32 - 10

@@ -1,0 +1,121 @@
+"""The real service as its own process, and a browser that notes console errors and requests to other hosts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_WITHIN_S = 120
+BROWSER_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `nearfar serve` with its defaults: no key, no setting of the tester's machine."""
+    folder = tmp_path_factory.mktemp("service")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("NEARFAR_") and not name.endswith("_API_KEY")
+    }
+    log = folder / "log.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serving.cli", "serve", "--port", str(port)],
+            cwd=ROOT,
+            env=environment | {"NEARFAR_DATA_DIR": str(folder)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_ready(address, process, log)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_WITHIN_S
+    why = "no answer"
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/ready", timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            with error:
+                why = error.read().decode()
+        except OSError as error:
+            why = str(error)
+        time.sleep(0.2)
+    pytest.fail(f"the service is not ready: {why}\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a screen. Per module: Playwright keeps an event loop running that other tests must not meet."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=BROWSER_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, service: str) -> Iterator[Callable[..., Any]]:
+    """Opens the page in a fresh context with the given options. Afterwards: no console error, no request elsewhere."""
+    problems: list[str] = []
+    hosts: set[str] = set()
+    with ExitStack() as closing:
+
+        def open_page(**options: Any) -> Any:
+            context = browser.new_context(**options)
+            closing.callback(context.close)
+            page = context.new_page()
+            page.set_default_timeout(20_000)
+            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+            page.goto(service)
+            page.locator("#targets input").first.wait_for()
+            page.locator(".sample img").first.wait_for()
+            return page
+
+        yield open_page
+    assert problems == []
+    assert hosts <= {urlsplit(service).netloc, ""}, (
+        "the page asked another host"
+    )  # "" is the preview's own blob: address

@@ -1,0 +1,165 @@
+"""The command line as its user meets it: real processes, exit statuses, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from serving.bench import percentile
+from serving.demo import free_port
+from serving.settings import embedded_bundles
+from tests.serving.conftest import SAMPLES
+
+PICTURE = str(SAMPLES / "red-circle.png")
+
+
+def nearfar(*arguments: str, timeout_s: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serving.cli", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env={**os.environ, **environment}
+    )
+
+
+def assert_fails(run: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    assert run.returncode == status, run.stderr
+    assert run.stderr.startswith("nearfar: ")
+    assert len(run.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in run.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("serve",), ("infer",), ("compare",), ("export",), ("models",), ("demo",), ("bench",)]
+)
+def test_every_command_has_help(command: tuple[str, ...]) -> None:
+    run = nearfar(*command, "--help")
+    assert run.returncode == 0
+    assert "Usage" in run.stdout
+
+
+def test_infer_prints_the_answer_alone() -> None:
+    run = nearfar("infer", PICTURE, "What color is the circle?")
+    assert (run.returncode, run.stdout.strip()) == (0, "red")
+
+
+def test_infer_takes_a_bundle_folder_and_prints_the_http_object() -> None:
+    folder = str(embedded_bundles()["tiny-scenes@fp32"])
+    run = nearfar("infer", PICTURE, "What color is the circle?", "--model", folder, "--json")
+    answer = json.loads(run.stdout)
+    assert (answer["text"], answer["target"]) == ("red", "local/tiny-scenes@fp32")
+
+
+def test_compare_prints_a_table_and_a_verdict_or_the_http_object() -> None:
+    table = nearfar("compare", PICTURE, "What color is the circle?", "--reference", "red", COLUMNS="120")
+    assert table.returncode == 0
+    assert "first token" in table.stdout
+    assert "undecided" in table.stdout
+    whole = json.loads(nearfar("compare", PICTURE, "What color is the circle?", "--json").stdout)
+    assert len(whole["results"]) == 2
+
+
+def test_models_lists_both_recipes() -> None:
+    rows = json.loads(nearfar("models", "--json").stdout)["models"]
+    assert [row["recipe"] for row in rows] == ["int8", "fp32"]
+    assert "toy" in nearfar("models").stdout
+
+
+def test_wrong_use_is_one_line_and_status_2() -> None:
+    assert_fails(nearfar("infer", "/no/such.png", "x"), 2, "/no/such.png")
+    assert_fails(nearfar("infer", PICTURE), 2, "prompt")
+    assert_fails(nearfar("infer", PICTURE, "x", "--max-tokens", "0"), 2, "max_tokens")
+    assert_fails(nearfar("serve", "--host", "0.0.0.0"), 2, "NEARFAR_API_KEYS")
+    assert_fails(nearfar("serve", "--port", "99999"), 2, "port")
+    assert nearfar("infer").returncode == 2
+    assert nearfar("sing").returncode == 2
+
+
+def test_what_fails_is_one_line_and_status_1(tmp_path: Path) -> None:
+    text = tmp_path / "a.png"
+    text.write_text("hello")
+    assert_fails(nearfar("infer", str(text), "x"), 1, "not an image")
+    assert_fails(nearfar("infer", PICTURE, "x", "--model", "nobody"), 1, "nobody")
+    assert_fails(nearfar("models", "--model", str(tmp_path)), 1, "manifest.json")
+
+
+def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    port = free_port()
+    command = [sys.executable, "-m", "serving.cli", "serve", "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return process, f"http://127.0.0.1:{port}"
+
+
+def poll(url: str, wanted: int, timeout_s: float = 40) -> bytes:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                status, body = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            status, body = error.code, error.read()
+        except OSError:
+            status, body = 0, b""
+        if status == wanted:
+            return bytes(body)
+        assert time.monotonic() < deadline, f"{url} gave {status}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_service_with_status_0(number: signal.Signals) -> None:
+    process, url = serve()
+    try:
+        poll(f"{url}/ready", 200)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_damaged_bundle_is_not_ready_and_says_why(tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(embedded_bundles()["tiny-scenes@int8"], folder)
+    graph = next((folder / "onnx").glob("vision*"))
+    graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+    process, url = serve("--model", str(folder))
+    try:
+        reason = json.loads(poll(f"{url}/ready", 503 if process.poll() is None else 0))["reason"]
+        while reason.startswith("the models are"):
+            reason = json.loads(poll(f"{url}/ready", 503))["reason"]
+        assert graph.name in reason
+        assert "hash" in reason
+        poll(f"{url}/health", 200)
+        assert graph.name in poll(f"{url}/targets", 503).decode()
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_the_demo_shows_both_answers_and_leaves_with_status_0() -> None:
+    run = nearfar("demo", COLUMNS="120")
+    assert run.returncode == 0, run.stderr
+    for words in ("POST /infer", "POST /compare", "local/tiny-scenes@int8", "far/tiny-scenes@fp32", "undecided", "toy"):
+        assert words in run.stdout
+
+
+def test_bench_reports_each_client_count_and_the_machine() -> None:
+    result = json.loads(nearfar("bench", "--clients", "1,3", "--requests", "24", "--json").stdout)
+    assert [(load["clients"], load["requests"], load["errors"]) for load in result["loads"]] == [(1, 24, 0), (3, 24, 0)]
+    assert all(0 < load["p50_ms"] <= load["p95_ms"] for load in result["loads"])
+    assert result["machine"]["cores"] >= 1
+    assert_fails(nearfar("bench", "--clients", "many"), 2, "--clients")
+
+
+def test_a_percentile_is_the_nearest_rank() -> None:
+    ordered = [float(value) for value in range(1, 101)]
+    assert (percentile(ordered, 0.5), percentile(ordered, 0.95), percentile([7.0], 0.95)) == (50.0, 95.0, 7.0)

@@ -1,0 +1,140 @@
+"""The engine's small parts, and what happens to sequences that fail, stop or are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.answerer import collect
+from models.events import Failed, Finished, TextDelta
+from models.request import AnswerRequest, GenerationSettings, question
+from serving.engine.local import LocalAnswerer, LocalEngine
+from serving.engine.prepare import LoadedModel
+from serving.engine.sampler import make_sampler
+from serving.engine.sequence import StopText
+from serving.settings import embedded_bundles
+
+
+@pytest.fixture(scope="module")
+def fp32() -> LoadedModel:
+    return LoadedModel.load(embedded_bundles()["tiny-scenes@fp32"])
+
+
+def logits(**probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return np.log(np.array(list(probabilities.values()), dtype=np.float32))
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert make_sampler(GenerationSettings())(logits(a=0.2, b=0.5, c=0.3)) == 1
+
+
+def test_top_k_and_top_p_narrow_the_choice() -> None:
+    row = logits(a=0.5, b=0.3, c=0.15, d=0.05)
+
+    def drawn(**options: float) -> set[int]:
+        sample = make_sampler(GenerationSettings(temperature=1.0, seed=1, **options))  # type: ignore[arg-type]
+        return {sample(row) for _ in range(400)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.5) == {0}
+    assert drawn(top_p=0.51) == {0, 1}
+
+
+def test_samples_follow_the_probabilities() -> None:
+    sample = make_sampler(GenerationSettings(temperature=1.0, seed=3))
+    counts = Counter(sample(logits(a=0.7, b=0.2, c=0.1)) for _ in range(4000))
+    assert counts[0] / 4000 == pytest.approx(0.7, abs=0.03)
+    assert counts[2] / 4000 == pytest.approx(0.1, abs=0.03)
+
+
+@given(
+    pieces=st.lists(st.text(alphabet="abX", max_size=4), max_size=12),
+    stops=st.lists(st.text(alphabet="abX", min_size=1, max_size=4), max_size=3),
+)
+def test_text_is_cut_at_the_first_stop_string_however_it_is_split(pieces: list[str], stops: list[str]) -> None:
+    whole = "".join(pieces)
+    watcher, shown = StopText(stops), ""
+    for piece in pieces:
+        shown += watcher.push(piece)
+        if watcher.stopped:
+            break
+    shown += watcher.flush()
+    # A stop string that ends first is met first; a longer one that began earlier may still be open then.
+    ends = [whole.find(stop) + len(stop) for stop in stops if stop in whole]
+    assert watcher.stopped == bool(ends)
+    assert whole.startswith(shown)
+    assert not any(stop in shown for stop in stops)
+    if not ends:
+        assert shown == whole
+
+
+async def answer_of(answerer: LocalAnswerer, request: AnswerRequest) -> str:
+    return (await collect(answerer.stream(request))).text
+
+
+@pytest.mark.asyncio
+async def test_requests_in_turn_get_the_text_that_they_get_alone(fp32: LoadedModel, red_circle: bytes) -> None:
+    engine = LocalEngine(max_waiting=32, max_running=4)
+    try:
+        answerer = LocalAnswerer(fp32, engine)
+        prompts = ["What color is the circle?", "Describe the image.", "How many shapes are there?", "Is there a star?"]
+        requests = [question(prompt, (red_circle,)) for prompt in prompts]
+        alone = [await answer_of(answerer, request) for request in requests]
+        together = await asyncio.gather(*(answer_of(answerer, request) for request in requests * 3))
+        assert together == alone * 3
+        assert engine.in_hand == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.asyncio
+async def test_every_stream_ends_in_exactly_one_terminal_event(fp32: LoadedModel, red_circle: bytes) -> None:
+    engine = LocalEngine(max_waiting=2, max_running=1)
+    try:
+        answerer = LocalAnswerer(fp32, engine)
+        images = [(red_circle,), (b"not a picture",), (red_circle,), ()]
+
+        async def events(image: tuple[bytes, ...]) -> list[str]:
+            return [type(event).__name__ async for event in answerer.stream(question("What color is it?", image))]
+
+        for kinds in await asyncio.gather(*(events(image) for image in images * 3)):
+            assert kinds[-1] in (Finished.__name__, Failed.__name__)
+            assert set(kinds[:-1]) <= {TextDelta.__name__}
+    finally:
+        engine.close()
+
+
+@pytest.mark.asyncio
+async def test_closing_the_engine_fails_what_runs(fp32: LoadedModel) -> None:
+    engine = LocalEngine(max_waiting=8, max_running=2)
+    settings = GenerationSettings(max_tokens=900, ignore_eos=True)
+    stream = LocalAnswerer(fp32, engine).stream(question("x", settings=settings))
+    assert isinstance(await anext(stream), TextDelta)
+    await asyncio.to_thread(engine.close)
+    rest = [event async for event in stream]
+    assert isinstance(rest[-1], Failed)
+    assert rest[-1].error.status == 503
+
+
+@pytest.mark.asyncio
+async def test_an_error_inside_a_step_fails_that_request_alone(
+    fp32: LoadedModel, red_circle: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = LocalEngine(max_waiting=8, max_running=2)
+    try:
+        answerer = LocalAnswerer(fp32, engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(fp32.onnx, "decode", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            events = [event async for event in answerer.stream(question("x", (red_circle,)))]
+        assert isinstance(events[-1], Failed)
+        assert events[-1].error.status == 503
+        assert await answer_of(answerer, question("What color is the circle?", (red_circle,))) == "red"
+    finally:
+        engine.close()
