@@ -8,6 +8,7 @@ import unicodedata
 from decimal import Decimal, InvalidOperation
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?")
+_NUMBER_START = re.compile(r"[-.]\d")
 
 
 def is_correct(text: str, reference: str | None) -> bool | None:
@@ -43,7 +44,7 @@ def normalise(text: str) -> str:
     """
     plain = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     start, end = 0, len(plain)
-    while start < end and _is_edge(plain[start]) and not re.match(r"[-.]\d", plain[start:]):
+    while start < end and _is_edge(plain[start]) and not _NUMBER_START.match(plain, start):
         start += 1
     while end > start and _is_edge(plain[end - 1]):
         end -= 1

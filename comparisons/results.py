@@ -47,7 +47,7 @@ class Tradeoff:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`text` is one or two sentences about this input, `reasons` are short lines."""
+    """`text` is a few sentences about this input, `reasons` are short lines."""
 
     choice: Literal["undecided"]
     text: str

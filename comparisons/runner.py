@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -19,10 +19,8 @@ from comparisons.results import ArmResult, Comparison
 from comparisons.verdict import tradeoff, verdict
 from models.answerer import Answerer
 from models.errors import BadRequest, NearfarError
-from models.events import AnswerEvent, Failed, Finished, TextDelta
+from models.events import Failed, Finished, TextDelta
 from models.request import AnswerRequest
-
-__all__ = ["ArmDelta", "ArmFinished", "ArmResult", "CompareEvent", "Compared", "Comparison", "compare"]
 
 QUEUED_EVENTS = 64  # of arms that run together; a slow reader holds the arms back instead of filling the memory
 
@@ -135,7 +133,7 @@ async def _run(
     pieces: list[str] = []
     terminal: Finished | Failed | None = None
     try:
-        async with _closing(run.answerer.stream(request)) as events:
+        async with aclosing(run.answerer.stream(request)) as events:
             async for event in events:
                 match event:
                     case TextDelta(text=text):
@@ -173,14 +171,3 @@ def _result(run: _Arm, text: str, terminal: Finished | Failed, reference: str | 
         error=terminal.error if isinstance(terminal, Failed) else None,
         correct=is_correct(text, reference) if finished else None,
     )
-
-
-@asynccontextmanager
-async def _closing(events: AsyncIterator[AnswerEvent]) -> AsyncIterator[AsyncIterator[AnswerEvent]]:
-    """Close the stream on the way out. The protocol promises an iterator; only generators can be closed."""
-    try:
-        yield events
-    finally:
-        close = getattr(events, "aclose", None)
-        if close is not None:
-            await close()

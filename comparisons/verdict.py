@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from comparisons.measures import same_answer
 from comparisons.results import ArmResult, Contrast, Figures, Tradeoff, Verdict
-from models.events import Finished
+from models.events import Egress, Finished
 
-FIGURES = ("ttft_ms", "total_ms", "tokens_per_second", "usd", "bytes_sent", "model_bytes", "process_peak_bytes")
+# Without the process's peak: local targets share one process, whose peak only grows, so the later turn has the larger.
+FIGURES = ("ttft_ms", "total_ms", "tokens_per_second", "usd", "bytes_sent", "model_bytes")
 _Done = tuple[ArmResult, Finished]
 SAME_SPEED = 1.1  # below this factor two single runs are called about as fast
+ANOTHER_PROCESS = "another process on this device, over HTTP"  # loopback; who it asks in turn is not known
 
 
 def tradeoff(results: Sequence[ArmResult]) -> Tradeoff:
@@ -35,6 +37,8 @@ def verdict(results: Sequence[ArmResult]) -> Verdict:
     else:
         facts = [_speed(done), _agreement(done), _correctness(done), f"{_listed(failed)} failed" if failed else ""]
         text = f"On this input {'; '.join(filter(None, facts))}. {_egress_and_cost(done, everyone=not failed)}"
+    if failed:
+        text += " What failed targets were sent is not counted."
     return Verdict(choice="undecided", text=text, reasons=tuple(reasons))
 
 
@@ -49,7 +53,6 @@ def _figures(result: ArmResult) -> Figures:
         finished.cost.usd,
         finished.egress.bytes_sent,
         finished.memory.model_bytes,
-        finished.memory.process_peak_bytes,
     )
     return dict(zip(FIGURES, values, strict=True))
 
@@ -103,19 +106,42 @@ def _correctness(done: Sequence[_Done]) -> str:
 
 
 def _egress_and_cost(done: Sequence[_Done], *, everyone: bool) -> str:
-    left = [finished for _, finished in done if finished.egress.left_device]
-    if not left:
+    answers = [finished for _, finished in done]
+    hosted = [finished for finished in answers if _was_sent(finished.egress)]
+    if not hosted:
         if everyone:
-            return "There was no hosted arm: all targets ran on this device, nothing left it and nothing was paid."
-        return "No hosted arm answered: all targets that did ran on this device."
-    sent = sum(finished.egress.bytes_sent for finished in left)
-    where = _listed(sorted({finished.egress.destination or "another machine" for finished in left}))
-    prices = [finished.cost.usd for finished in left]
-    known = [usd for usd in prices if usd is not None]
-    cost = f"at a cost of {_usd(sum(known))}" if known else "at an unknown price"
-    if known and len(known) < len(prices):
-        cost = f"at a cost of at least {_usd(sum(known))}, not all prices being known"
-    return f"{sent:,} bytes of request left this device for {where}, {cost}."
+            return f"There was no hosted arm: all targets ran in this process and sent nothing, {_price(answers)}."
+        return f"No hosted arm answered: all targets that did ran in this process, {_price(answers)}."
+    far = [finished.egress for finished in hosted if finished.egress.left_device]
+    near = [finished.egress for finished in hosted if not finished.egress.left_device]
+    sent = []
+    if far:
+        where = _listed(sorted({egress.destination or "another machine" for egress in far}))
+        sent.append(f"{_bytes_sent(far)} of request left this device for {where}")
+    if near:
+        sent.append(f"{_bytes_sent(near)} of request went to {ANOTHER_PROCESS}")
+    sentence = f"{' and '.join(sent)}, {_price(hosted)}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _was_sent(egress: Egress) -> bool:
+    return egress.left_device or egress.bytes_sent != 0
+
+
+def _bytes_sent(egresses: Sequence[Egress]) -> str:
+    known = [egress.bytes_sent for egress in egresses if egress.bytes_sent is not None]
+    if not known:
+        return "an unknown number of bytes"
+    return f"{'' if len(known) == len(egresses) else 'at least '}{sum(known):,} bytes"
+
+
+def _price(answers: Sequence[Finished]) -> str:
+    known = [finished.cost.usd for finished in answers if finished.cost.usd is not None]
+    if not known:
+        return "at an unknown price"
+    if len(known) < len(answers):
+        return f"at a cost of at least {_usd(sum(known))}, not all prices being known"
+    return f"at a cost of {_usd(sum(known))}"
 
 
 def _reason(result: ArmResult) -> str:
@@ -124,9 +150,9 @@ def _reason(result: ArmResult) -> str:
         return f"{result.target} failed: {result.error.message if result.error else 'no reason given'}"
     egress, usd = finished.egress, finished.cost.usd
     if egress.left_device:
-        moved = f"{egress.bytes_sent:,} bytes left for {egress.destination}"
+        moved = f"{_bytes_sent([egress])} left for {egress.destination}"
     else:
-        moved = f"{egress.bytes_sent:,} bytes over loopback" if egress.bytes_sent else "nothing left the process"
+        moved = f"{_bytes_sent([egress])} to {ANOTHER_PROCESS}" if _was_sent(egress) else "nothing left the process"
     facts = [
         _ms(finished.timings.total_ms) + (" (contended)" if result.contended else ""),
         {True: "right", False: "wrong", None: ""}[result.correct],

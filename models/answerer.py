@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import NamedTuple, Protocol, assert_never
 
 from models.errors import NearfarError
@@ -37,17 +38,18 @@ class Answer(NamedTuple):
     finished: Finished
 
 
-async def collect(events: AsyncIterator[AnswerEvent]) -> Answer:
-    """Read a stream to its end. Raises the error of a Failed."""
+async def collect(stream: AsyncGenerator[AnswerEvent, None]) -> Answer:
+    """Read a stream to its end and close it, also when cancelled. Raises the error of a Failed."""
     pieces: list[str] = []
-    async for event in events:
-        match event:
-            case TextDelta(text=text):
-                pieces.append(text)
-            case Finished():
-                return Answer("".join(pieces), event)
-            case Failed(error=error):
-                raise error
-            case _:
-                assert_never(event)
+    async with aclosing(stream) as events:
+        async for event in events:
+            match event:
+                case TextDelta(text=text):
+                    pieces.append(text)
+                case Finished():
+                    return Answer("".join(pieces), event)
+                case Failed(error=error):
+                    raise error
+                case _:
+                    assert_never(event)
     raise NearfarError("the stream ended without a terminal event")

@@ -119,6 +119,10 @@ class Bundle:
                 raise BundleError(f"{folder}: {name} is missing")
             if file.stat().st_size != entry.bytes or sha256_of(file) != entry.sha256:
                 raise BundleError(f"{folder}: {name} does not match its hash in the manifest")
+        for file in folder.rglob("*"):
+            name = file.relative_to(folder).as_posix()
+            if file.is_file() and name not in manifest.files and name != MANIFEST:
+                raise BundleError(f"{folder}: {name} is not in the manifest")
         for graph in manifest.graphs.values():
             if graph.file not in manifest.files:
                 raise BundleError(f"{folder}: {graph.file} has no hash in the manifest")

@@ -68,7 +68,7 @@ class Egress:
     """What left the device. `bytes_sent` counts request-body bytes, those to a loopback address too."""
 
     left_device: bool
-    bytes_sent: int
+    bytes_sent: int | None
     destination: str | None
 
 

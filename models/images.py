@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,6 +28,7 @@ MAX_SIDE_PX = 32_768
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 REFERENCE_MAX_SIDE_PX = 4096  # the reference processor's absolute bound on a resized side
 
+_ORIENTATION = 0x0112  # EXIF tag
 _OPENED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 _OTHER_FORMATS = (
     (b"%PDF", "PDF"),
@@ -108,41 +111,75 @@ def media_type(data: bytes) -> str:
     raise BadRequest("not an image: the bytes are neither JPEG, PNG, WebP nor GIF", param="image")
 
 
+class ImageHeader(NamedTuple):
+    """What a picture's header says, nothing decoded. Width and height are of the upright picture."""
+
+    width: int
+    height: int
+    media_type: str
+    sha256: str  # of the received bytes
+
+
+def read_header(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageHeader:
+    """Check the caps on the header alone. Raises what `decode_image` raises."""
+    mime = _check_bytes(data, max_bytes)
+    with _opened(data, max_pixels) as image:
+        # Not getexif(): of a PNG it decodes the pixels, in search of a chunk behind them.
+        exif = Image.Exif()
+        with suppress(Exception):  # damaged metadata is no reason to refuse a picture
+            exif.load(image.info.get("exif", b""))
+        turned = exif.get(_ORIENTATION) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if turned else image.size
+    return ImageHeader(width, height, mime, hashlib.sha256(data).hexdigest())
+
+
 def decode_image(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> DecodedImage:
     """Decode JPEG, PNG, WebP or GIF bytes to upright RGB; of an animation, the first frame.
 
     Size caps are checked on the header, before pixels are decoded. Alpha is laid over white and 16-bit values are
     scaled to 8, both as a viewer would show them. Colour profiles and all other metadata are dropped.
     """
+    _check_bytes(data, max_bytes)
+    with _opened(data, max_pixels) as image:
+        image.load()
+        rgb = _to_rgb(ImageOps.exif_transpose(image))
+    return DecodedImage(image=rgb, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _check_bytes(data: bytes, max_bytes: int) -> str:
     if len(data) > max_bytes:
         raise PayloadTooLarge(f"the image has {len(data)} bytes, at most {max_bytes} are read", param="image")
-    media_type(data)
+    return media_type(data)
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its caps checked and nothing decoded yet; whatever Pillow raises becomes one of our errors."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            width, height = opened.size
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
             if width * height > max_pixels:
                 raise PayloadTooLarge(
                     f"the image has {width}x{height} pixels, at most {max_pixels} are decoded", param="image"
                 )
             if max(width, height) > MAX_SIDE_PX or min(width, height) < 1:
                 raise BadRequest(f"the image is {width}x{height}: a side may have 1 to {MAX_SIDE_PX}", param="image")
-            opened.load()
-            rgb = _to_rgb(ImageOps.exif_transpose(opened))
+            yield image
     except (BadRequest, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge("the image would decompress to too many pixels", param="image") from error
     except Exception as error:  # Pillow raises many kinds for damaged files: OSError, SyntaxError, struct.error, ...
         raise BadRequest("the image is damaged or truncated and cannot be decoded", param="image") from error
-    return DecodedImage(image=rgb, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode == "RGB":
         return Image.frombytes("RGB", image.size, image.tobytes())  # without `info`: no profile, no EXIF
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")

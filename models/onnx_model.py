@@ -7,7 +7,8 @@ logits out. Not safe for concurrent use: one thread owns a model.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -37,8 +38,19 @@ def execution_providers(choice: ExecutionProvider) -> list[str]:
 
 
 def available_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
+    """Cores this process may run on. A container's quota of processor time does not show in it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """ONNX Runtime's failed allocations as MemoryError: its own exceptions tell them from others by text alone."""
+    try:
+        yield
+    except Exception as error:
+        if "Failed to allocate memory" in str(error) or "bad_alloc" in str(error):
+            raise MemoryError(str(error)[:200]) from error
+        raise
 
 
 class KvCache:
@@ -99,7 +111,8 @@ class OnnxModel:
         feeds: dict[str, Any] = {"pixel_values": pixels[np.newaxis]}
         if "pixel_attention_mask" in self._vision_inputs:
             feeds["pixel_attention_mask"] = np.ones((1, len(pixels), *pixels.shape[2:]), dtype=bool)
-        features: Floats = self._vision.run(["image_features"], feeds)[0]
+        with _memory_errors():
+            features: Floats = self._vision.run(["image_features"], feeds)[0]
         return features
 
     def embed(self, ids: Sequence[int], features: Floats | None = None) -> Floats:
@@ -134,7 +147,8 @@ class OnnxModel:
                 place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
                 binding.bind_input(f"past_key_values.{layer}.{kind}", *place)
                 binding.bind_output(f"present.{layer}.{kind}", *place)
-        self._decoder.run_with_iobinding(binding)
+        with _memory_errors():
+            self._decoder.run_with_iobinding(binding)
         cache.filled = total
         last: Floats = logits[0, -1]
         return last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from models.errors import BadRequest, InvalidValue
+from models.errors import BadRequest, ContextLengthExceeded, InvalidValue
 from models.images import Detail
 
 Role = Literal["system", "user", "assistant"]
@@ -16,6 +16,7 @@ MAX_TOKENS_BOUND = 4096
 MAX_IMAGES = 16
 MAX_PROMPT_CHARACTERS = 200_000
 MAX_STOPS = 16
+MAX_MESSAGES = 1000
 TASK_PROMPTS: dict[Task, str] = {
     "caption": "Describe the image.",
     "ocr": "Read the text in the image.",
@@ -31,10 +32,14 @@ class TextPart:
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_PROMPT_CHARACTERS:
-            raise BadRequest(
+            raise ContextLengthExceeded(
                 f"the text has {len(self.text)} characters, at most {MAX_PROMPT_CHARACTERS}", param="prompt"
             )
-        if "\x00" in self.text or any("\ud800" <= character <= "\udfff" for character in self.text):
+        try:
+            whole = b"\x00" not in self.text.encode()
+        except UnicodeEncodeError:
+            whole = False
+        if not whole:
             raise BadRequest("the text holds a NUL or a lone surrogate", param="prompt")
 
 
@@ -100,6 +105,11 @@ class AnswerRequest:
     def __post_init__(self) -> None:
         if not self.messages:
             raise BadRequest("there is no message", param="messages")
+        texts = [part.text for message in self.messages for part in message.parts if isinstance(part, TextPart)]
+        if len(self.messages) > MAX_MESSAGES or sum(map(len, texts)) > MAX_PROMPT_CHARACTERS:
+            raise ContextLengthExceeded(
+                f"at most {MAX_MESSAGES} messages of {MAX_PROMPT_CHARACTERS} characters together", param="messages"
+            )
         if self.detail not in get_args(Detail):
             raise InvalidValue(f"detail must be low, high or auto, got {self.detail!r}", param="detail")
         if len(self.images) > MAX_IMAGES:

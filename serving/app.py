@@ -14,11 +14,11 @@ from fastapi import FastAPI
 
 from models.bundle import Bundle
 from models.errors import NearfarError, Unavailable
+from models.loaded_model import LoadedModel
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
 from serving.api.security import Guard
 from serving.engine.local import LocalAnswerer, LocalEngine
-from serving.engine.prepare import LoadedModel
 from serving.hosted.openai_compatible import OpenAICompatible
 from serving.hosted.providers import PROVIDERS, available, parse_endpoint
 from serving.settings import Settings, embedded_bundles
@@ -28,15 +28,19 @@ log = logging.getLogger("nearfar")
 
 
 class Services:
-    """What the routes work with. Loading runs beside the server, so that probes are answered from the first moment."""
+    """What the routes work with. Loading runs beside the server, so that probes are answered from the first moment.
+
+    Making it loads nothing and starts no thread. Raises InvalidValue for a malformed endpoint.
+    """
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self.settings = settings
-        self._environment = environment
-        self._engine = LocalEngine(max_waiting=settings.max_waiting, max_running=settings.max_running)
+        self._hosted = available([*PROVIDERS, *map(parse_endpoint, settings.endpoints)], environment)
+        self._engine: LocalEngine | None = None
         self._models: list[LoadedModel] = []
         self._targets: Targets | None = None
         self._reason: str | None = "the models are being loaded"
+        self._leaving = False
 
     async def load(self) -> None:
         """Load every model and build the targets. A failure is kept as the reason why the service is not ready."""
@@ -46,38 +50,39 @@ class Services:
             )
             folders = model_folders(self.settings.models)
             self._models = [await asyncio.to_thread(load, folder) for folder in folders]
-            self._targets = Targets([*self._local_targets(), *self._hosted_targets()])
+            engine = LocalEngine(max_waiting=self.settings.max_waiting, max_running=self.settings.max_running)
+            self._engine = engine
+            self._targets = Targets([*self._local_targets(engine), *self._hosted_targets()])
             self._reason = None
-            log.info("ready: %s", ", ".join(target.name for target in self._targets))
         except NearfarError as error:
             self._reason = error.message
-            log.error("not ready: %s", error.message)
         except Exception:
             self._reason = "loading failed unexpectedly; the log says how"
-            log.exception("not ready")
+            log.exception("loading failed")
 
     def not_ready(self) -> str | None:
         """Why requests cannot be answered now; None where they can."""
-        return self._reason
+        return "the service is going down" if self._leaving else self._reason
 
     def stop_accepting(self) -> None:
         """From now on not ready: running answers end, new ones are turned away."""
-        self._reason = "the service is going down"
+        self._leaving = True
 
     def targets(self) -> Targets:
         """All targets. Raises Unavailable while there are none."""
-        if self._reason or self._targets is None:
-            raise Unavailable(self._reason or "not ready")
+        reason = self.not_ready()
+        if reason or self._targets is None:
+            raise Unavailable(reason or "not ready")
         return self._targets
 
     def bundles(self) -> list[Bundle]:
         """The bundles of the local models, in order."""
         return [model.bundle for model in self._models]
 
-    def _local_targets(self) -> list[Target]:
+    def _local_targets(self, engine: LocalEngine) -> list[Target]:
         return [
             Target(
-                answerer=LocalAnswerer(model, self._engine),
+                answerer=LocalAnswerer(model, engine),
                 kind="local",
                 model=model.bundle.manifest.name,
                 recipe=model.bundle.manifest.recipe,
@@ -87,7 +92,6 @@ class Services:
         ]
 
     def _hosted_targets(self) -> list[Target]:
-        providers = [*PROVIDERS, *(parse_endpoint(endpoint) for endpoint in self.settings.endpoints)]
         return [
             Target(
                 answerer=OpenAICompatible(provider, model, key),
@@ -97,7 +101,7 @@ class Services:
                 leaves_device=provider.leaves_device,
                 notice=provider.description,
             )
-            for provider, key in available(providers, self._environment)
+            for provider, key in self._hosted
             for model in provider.models
         ]
 
@@ -105,7 +109,8 @@ class Services:
         """Close every answerer and end the engine."""
         for target in self._targets or ():
             await target.answerer.aclose()
-        await asyncio.to_thread(self._engine.close)
+        if self._engine:
+            await asyncio.to_thread(self._engine.close)
 
 
 def model_folders(names: tuple[str, ...]) -> list[Path]:
@@ -124,16 +129,25 @@ def create_app(settings: Settings, environment: Mapping[str, str] | None = None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = Services(settings, os.environ if environment is None else environment)
-        app.state.services, app.state.settings = services, settings
-        loading = asyncio.create_task(services.load())
+        loading = asyncio.create_task(load())
         try:
             yield
         finally:
             loading.cancel()
             await services.aclose()
 
-    app = FastAPI(title="nearfar", version="0.1.0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    async def load() -> None:
+        await services.load()
+        reason = services.not_ready()
+        if reason:
+            log.error("not ready: %s", reason)
+        else:
+            log.info("ready: %s", ", ".join(target.name for target in services.targets()))
+
+    services = Services(settings, os.environ if environment is None else environment)
+    # Bodies are read by hand, so a generated description of them would be untrue.
+    app = FastAPI(title="nearfar", lifespan=lifespan, openapi_url=None)
+    app.state.services, app.state.settings = services, settings
     add_error_handlers(app)
     for router in (infer.router, compare.router, chat_completions.router, system.router, system.keyed):
         app.include_router(router)

@@ -6,8 +6,6 @@ same service, one after the other, so that ratios between them are of one run.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import platform
 import threading
@@ -20,7 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from serving.demo import SAMPLES, post, service
+from models.errors import Unavailable
+from serving.child import child_service, post
+from serving.demo import first_sample
 
 WARM_UP_REQUESTS = 5
 
@@ -75,7 +75,7 @@ def run_load(url: str, body: dict[str, Any], *, clients: int, requests: int, pro
     elapsed = time.perf_counter() - begun
     ordered = sorted(latencies)
     if not ordered:
-        raise RuntimeError(f"every request failed: {errors[0]}")
+        raise Unavailable(f"every request failed: {errors[0]}")
     return Load(
         clients=clients,
         requests=requests,
@@ -88,11 +88,9 @@ def run_load(url: str, body: dict[str, Any], *, clients: int, requests: int, pro
 
 def run_bench(*, clients: list[int], requests: int, model: str | None, console: Console) -> dict[str, Any]:
     """Serve, warm up, load; the figures with the machine named."""
-    sample = json.loads((SAMPLES / "samples.json").read_text())[0]
-    picture = base64.b64encode((SAMPLES / sample["file"]).read_bytes()).decode()
-    body = {"prompt": sample["question"], "images": [f"data:image/png;base64,{picture}"]}
+    sample, body = first_sample()
     begun = time.perf_counter()
-    with service(*(("--model", model) if model else ())) as near:
+    with child_service(*(("--model", model) if model else ())) as near:
         ready_s = time.perf_counter() - begun
         for _ in range(WARM_UP_REQUESTS):
             answer = post(f"{near}/infer", body)
@@ -135,7 +133,7 @@ def bench_table(result: dict[str, Any], console: Console) -> None:
     console.print(f"{facts['processor']}, {facts['cores']} cores ({sets}), {facts['system']}", markup=False)
     console.print(f"{result['target']}  {result['question']}", markup=False)
     table = Table(header_style="bold")
-    for heading in ("clients", "n", "errors", "requests/s (n / elapsed)", "p50 ms", "p95 ms (nearest rank)"):
+    for heading in ("clients", "n", "errors", "requests/s (answers / elapsed)", "p50 ms", "p95 ms (nearest rank)"):
         table.add_column(heading, justify="right")
     for load in result["loads"]:
         p95 = "-" if load["p95_ms"] is None else str(load["p95_ms"])

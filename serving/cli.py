@@ -36,7 +36,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON; where HTTP h
 
 
 def settings_from(**overrides: Any) -> Settings:
-    """Settings of the environment with the given options over them. Raises SystemExit(2) with one line."""
+    """Settings of the environment with the given options over them. A wrong one ends the command with status 2."""
     try:
         return Settings(**{name: value for name, value in overrides.items() if value not in (None, (), [])})
     except ValidationError as error:
@@ -78,6 +78,7 @@ def serve(
     if refusal:
         fail(refusal, status=2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line for every request
     run_server(settings)
 
 
@@ -85,11 +86,15 @@ def run_server(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, let running answers end, leave with status 0."""
     from serving.app import create_app
 
-    application = create_app(settings)
+    try:
+        application = create_app(settings)
+    except NearfarError as error:
+        fail(error.message, status=2)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             application.state.services.stop_accepting()
+            self.force_exit = self.should_exit  # a second signal, of either kind, does not wait for answers
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
@@ -181,7 +186,8 @@ def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
     from serving.tables import models_table
 
     try:
-        rows = [model_object(Bundle.load(folder)) for folder in model_folders(tuple(model or ()))]
+        folders = model_folders(settings_from(models=tuple(model or ())).models)
+        rows = [model_object(Bundle.load(folder)) for folder in folders]
     except NearfarError as error:
         fail(error.message)
     if as_json:
@@ -243,6 +249,8 @@ def demo(
         run_demo(keep=keep, port=port, console=Console())
     except NearfarError as error:
         fail(error.message)
+    except KeyboardInterrupt:
+        print()  # the services have ended; Ctrl-C is how --keep is meant to end
 
 
 @app.command()
@@ -255,8 +263,8 @@ def bench(
     """Measure POST /infer on this machine: requests per second, latency, start-up, memory."""
     from serving.bench import bench_table, run_bench
 
-    counts = [int(count) for count in clients.split(",") if count.strip().isdigit() and 1 <= int(count) <= 256]
-    if not counts:
+    counts = [int(count) if count.strip().isdigit() else 0 for count in clients.split(",")]
+    if not all(1 <= count <= 256 for count in counts):
         fail("--clients takes numbers of 1 to 256, separated by commas", status=2)
     try:
         result = run_bench(clients=counts, requests=requests, model=model, console=Console(stderr=True))

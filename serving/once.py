@@ -35,8 +35,7 @@ async def infer_once(
     """The object of `POST /infer`. `model` None is the default target."""
     async with loaded(settings, environment) as services:
         target = services.targets().choose(model, settings.policy)
-        async with aclosing(target.answerer.stream(request)) as events:
-            text, finished = await collect(events)
+        text, finished = await collect(target.answerer.stream(request))
         return answer_object(f"inf_{secrets.token_hex(8)}", text, finished)
 
 

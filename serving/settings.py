@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from comparisons.egress import is_loopback_host
 from models.onnx_model import ExecutionProvider
 from models.request import Policy
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Settings(BaseSettings):
@@ -52,12 +52,7 @@ class Settings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback_host(self.host)
 
     def refusal_to_bind(self) -> str | None:
         """Why this address may not be served as configured; None where it may."""
@@ -74,7 +69,7 @@ class Settings(BaseSettings):
     @property
     def host_names(self) -> frozenset[str]:
         """Host header values that are answered, without port."""
-        own = () if self.host in ("0.0.0.0", "::") else (self.host,)
+        own = () if self.host in ("0.0.0.0", "::") else (f"[{self.host}]" if ":" in self.host else self.host,)
         return frozenset(name.lower() for name in (*LOOPBACK_NAMES, *own, *self.allowed_hosts))
 
 

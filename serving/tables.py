@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Format = Callable[[Any], str]
 
@@ -58,11 +59,16 @@ def results_table(results: list[dict[str, Any]], console: Console) -> None:
     for label, path, show in _ROWS:
         cells = [_cell(result, path, show) for result in results]
         if any(cell not in ("-", "") for cell in cells):
-            table.add_row(label, *cells)
+            table.add_row(label, *map(plain_text, cells))
     failed = [result["error"]["message"] if not result.get("ok", True) else "" for result in results]
     if any(failed):
-        table.add_row("error", *failed, style="red")
+        table.add_row("error", *map(plain_text, failed), style="red")
     console.print(table)
+
+
+def plain_text(cell: str) -> Text:
+    """A model's words as they are: no markup, no control characters for the terminal."""
+    return Text("".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in cell))
 
 
 def _cell(result: dict[str, Any], path: tuple[str, ...], show: Format) -> str:
@@ -77,9 +83,9 @@ def comparison_table(comparison: dict[str, Any], console: Console) -> None:
     results_table(comparison["results"], console)
     verdict = comparison["verdict"]
     console.print(f"[bold]{verdict['choice']}[/bold]: ", end="")
-    console.print(verdict["text"], markup=False)
+    console.print(plain_text(verdict["text"]))
     for reason in verdict["reasons"]:
-        console.print(f"  - {reason}", markup=False)
+        console.print(plain_text(f"  - {reason}"))
 
 
 def models_table(rows: list[dict[str, Any]], console: Console) -> None:

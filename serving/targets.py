@@ -52,6 +52,10 @@ class Targets:
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self._by_name = {target.name: target for target in targets}
+        if len(self._by_name) < len(targets):
+            names = [target.name for target in targets]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BadRequest(f"two targets bear the name {twice}", param="targets")
 
     def __iter__(self) -> Iterator[Target]:
         return iter(self._by_name.values())

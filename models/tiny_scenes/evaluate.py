@@ -15,13 +15,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from models.bundle import Bundle
 from models.images import Detail, tile_image
-from models.onnx_model import OnnxModel
-from models.prompt import PromptRenderer
+from models.loaded_model import LoadedModel
 from models.request import ImagePart, Message, TextPart
 from models.tiny_scenes import scenes
-from models.tokenizer import TextTokenizer
 
 HELD_OUT_SEED = "held-out"  # training seeds its scenes with "<number>:<step>", so no stream is shared
 MAX_ANSWER_TOKENS = 64
@@ -76,33 +73,23 @@ def cases(per_row: int, rows: Collection[str] | None = None) -> Iterator[Case]:
                 yield Case(row, scene, *pair, detail, text_first)
 
 
-class BundleRunner:
-    """Greedy answers of a bundle, without a service."""
-
-    def __init__(self, folder: Path, *, threads: int = 0) -> None:
-        self.bundle = Bundle.load(folder)
-        self.model = OnnxModel(self.bundle, threads=threads)
-        self.tokenizer = TextTokenizer(folder / "tokenizer.json")
-        tokens = self.bundle.manifest.shapes.image_tokens_per_tile
-        self.renderer = PromptRenderer.from_folder(folder, self.tokenizer, tokens)
-
-    def answer(self, case: Case) -> str:
-        """The answer's text, stripped."""
-        tiled = tile_image(case.scene.image, case.detail, self.bundle.manifest.processing.settings())
-        picture, text = ImagePart(data=b""), TextPart(text=case.question)
-        message = Message(role="user", parts=(text, picture) if case.text_first else (picture, text))
-        ids = self.renderer.ids([message], [tiled.grid])
-        generated = self.model.greedy(ids, self.model.encode_tiles(tiled.pixels), MAX_ANSWER_TOKENS)
-        return self.tokenizer.decode(generated).strip()
+def answer(model: LoadedModel, case: Case) -> str:
+    """The greedy answer's text, stripped."""
+    tiled = tile_image(case.scene.image, case.detail, model.bundle.manifest.processing.settings())
+    picture, text = ImagePart(data=b""), TextPart(text=case.question)
+    message = Message(role="user", parts=(text, picture) if case.text_first else (picture, text))
+    ids = model.renderer.ids([message], [tiled.grid])
+    generated = model.onnx.greedy(ids, model.onnx.encode_tiles(tiled.pixels), MAX_ANSWER_TOKENS)
+    return model.tokenizer.decode(generated).strip()
 
 
 def evaluate(folder: Path, per_row: int, rows: Collection[str] | None = None) -> dict[str, Row]:
     """Exact match per row, answers compared to the letter."""
-    runner = BundleRunner(folder)
+    model = LoadedModel.load(folder)
     table: dict[str, Row] = {}
     for case in tqdm(list(cases(per_row, rows)), unit="question", disable=None):
         before = table.get(case.row, Row(0, 0))
-        table[case.row] = Row(before.right + (runner.answer(case) == case.answer), before.asked + 1)
+        table[case.row] = Row(before.right + (answer(model, case) == case.answer), before.asked + 1)
     return table
 
 

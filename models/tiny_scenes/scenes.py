@@ -307,10 +307,10 @@ def ask_count(scene: Scene, rng: random.Random, unseen: bool = False) -> Questio
     if scene.number:
         return None
     how = rng.random()
-    if how < 0.4:
+    if how < 0.35:
         return phrase("count", rng, unseen), str(len(scene.things))
-    present = rng.random() < 0.8
-    if how < 0.7:
+    present = rng.random() < 0.85
+    if how < 0.6:
         color = rng.choice(scene.things).color if present else rng.choice(list(COLORS))
         some, count = f"{color} shapes", sum(thing.color == color for thing in scene.things)
     else:
@@ -382,7 +382,7 @@ def ask_position(scene: Scene, rng: random.Random, unseen: bool = False) -> Ques
 def ask_number(scene: Scene, rng: random.Random, unseen: bool = False) -> Question | None:
     if not scene.number:
         return (phrase("number", rng, unseen), "none") if rng.random() < 0.04 else None
-    if rng.random() < 0.12:
+    if not unseen and rng.random() < 0.12:
         return rng.choice(("What color is the number?", "What colour is the number?")), scene.things[0].color
     return phrase("number", rng, unseen), scene.number
 

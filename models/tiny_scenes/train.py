@@ -228,10 +228,11 @@ class Batches(Dataset[Batch]):
         start = self.encode(head)
         self._append(row, start, 0, 0, [-1] * len(start))
         bound = ROW_TOKENS + len(self.encode(picture)) * (3 if text_first else 1)
-        names = [name for name in scenes.ASKERS if name not in ("caption", "json")]
+        # What is learnt early is asked half of the time; what is hardest comes again as long as there is room.
+        names = [name for name in ("color", "shape", "presence") if rng.random() < 0.5]
+        names += ["count", "position", "number"]
         rng.shuffle(names)
-        # Then what is hardest to learn, as long as there is room.
-        names = ["caption", *names, "json", *["count", "position", "number"] * 4]
+        names = ["caption", *names, "json", *["count", "position", "count", "number"] * 3]
         for number, name in enumerate(names, start=1):
             pair = scenes.ASKERS[name](scene, rng)
             if pair is None:
@@ -469,7 +470,7 @@ def train(out: Path, *, steps: int, rows: int, seed: int, peak: float, save_ever
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder; resumes what it finds there")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1950)
     parser.add_argument("--rows", type=int, default=80, help="pictures per step")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")

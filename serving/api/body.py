@@ -1,6 +1,6 @@
 """Request bodies: JSON or multipart bytes -> one dictionary of fields and a list of picture bytes.
 
-JSON is strict: no NaN or Infinity, bounded nesting, no duplicate meaning of base64 (the standard alphabet, padded).
+JSON is strict: UTF-8, no NaN or Infinity, bounded nesting; base64 is of the standard alphabet, padded.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 
 from models.errors import BadRequest, InvalidValue, UnsupportedMedia
 from models.request import MAX_IMAGES
 
 MAX_NESTING = 64
+MAX_BRACKETS = 10_000  # bounds the objects that a body becomes, and the time to count its depth
+MAX_PART_BYTES = 2**22  # of a form's text field: more than the longest prompt, which has its own error
 MAX_FIELDS = 64
 
 
@@ -32,13 +34,18 @@ async def read_json(request: Request) -> Any:
     """The JSON value of the body. Raises UnsupportedMedia, BadRequest, or InvalidValue for NaN and Infinity."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMedia("the content type must be application/json")
-    raw = await request.body()
+    return parse_json(await request.body())
+
+
+def parse_json(raw: bytes) -> Any:
+    """UTF-8 JSON with bounded nesting. Raises BadRequest, or InvalidValue for NaN, Infinity and endless numbers."""
     if not _nesting_is_bounded(raw):
-        raise BadRequest(f"the JSON is nested deeper than {MAX_NESTING}")
+        raise BadRequest(f"the JSON is nested deeper than {MAX_NESTING} or has more than {MAX_BRACKETS} brackets")
     try:
-        return json.loads(raw, parse_constant=_no_constant)
+        # Decoded here: given bytes, json.loads takes UTF-16 and UTF-32 too, in which brackets are counted otherwise.
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadRequest("the body is not valid JSON") from error
+        raise BadRequest("the JSON is not valid") from error
     except ValueError as error:  # an integer of more digits than Python converts
         raise InvalidValue("a number has too many digits") from error
 
@@ -62,7 +69,7 @@ async def read_fields(request: Request) -> Fields:
 
 async def _read_form(request: Request) -> Fields:
     try:
-        async with request.form(max_files=MAX_IMAGES + 1, max_fields=MAX_FIELDS) as form:
+        async with request.form(max_files=MAX_IMAGES + 1, max_fields=MAX_FIELDS, max_part_size=MAX_PART_BYTES) as form:
             values: dict[str, Any] = {}
             images: list[bytes] = []
             for name, value in form.multi_items():
@@ -74,8 +81,8 @@ async def _read_form(request: Request) -> Fields:
                     raise InvalidValue(f"{name} is given twice", param=name)
                 else:
                     values[name] = value
-    except MultiPartException as error:
-        raise BadRequest(f"the form cannot be read: {error.message}") from error
+    except HTTPException as error:  # what starlette makes of a damaged form
+        raise BadRequest(f"the form cannot be read: {error.detail}"[:200]) from error
     _check_count(len(images))
     return Fields(values, tuple(images))
 
@@ -104,8 +111,9 @@ def _no_constant(name: str) -> NoReturn:
 
 def _nesting_is_bounded(raw: bytes) -> bool:
     """Depth of brackets outside strings, without recursion: json.loads recurses and would run out of stack first."""
-    if raw.count(b"[") + raw.count(b"{") <= MAX_NESTING:
-        return True
+    brackets = raw.count(b"[") + raw.count(b"{")
+    if brackets <= MAX_NESTING or brackets > MAX_BRACKETS:
+        return brackets <= MAX_NESTING
     depth = 0
     outside = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
     for byte in outside:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.answerer import Answerer, collect
 from models.errors import BadRequest
-from models.events import Failed, Finished, TextDelta, Usage
+from models.events import Failed, Finished, FinishReason, TextDelta, Usage
 from models.images import Detail
 from models.request import MAX_TOKENS_BOUND, AnswerRequest, GenerationSettings, ImagePart, Message, Part, TextPart
 from serving.api.body import decode_data_url, read_json
@@ -103,6 +103,7 @@ class ChatBody(_Loose):
         details = {
             piece.image_url.detail
             for message in self.messages
+            if not isinstance(message.content, str)
             for piece in message.content
             if isinstance(piece, ImageContent)
         }
@@ -139,6 +140,10 @@ def _frame(kind: str, model: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{secrets.token_hex(8)}", "object": kind, "created": int(time.time()), "model": model}
 
 
+def _reason(reason: FinishReason) -> str:
+    return "content_filter" if reason == "refusal" else reason
+
+
 def _usage(usage: Usage) -> dict[str, Any] | None:
     if usage.prompt_tokens is None or usage.completion_tokens is None:
         return None
@@ -146,15 +151,14 @@ def _usage(usage: Usage) -> dict[str, Any] | None:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
 async def _whole(answerer: Answerer, question: AnswerRequest) -> dict[str, Any]:
-    async with aclosing(answerer.stream(question)) as events:
-        text, finished = await collect(events)
+    text, finished = await collect(answerer.stream(question))
     message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": finished.finish_reason, "logprobs": None}
+    choice = {"index": 0, "message": message, "finish_reason": _reason(finished.finish_reason), "logprobs": None}
     return {**_frame("chat.completion", answerer.name), "choices": [choice], "usage": _usage(finished.usage)}
 
 
@@ -172,7 +176,7 @@ async def _chunks(answerer: Answerer, question: AnswerRequest, body: ChatBody, r
                 case TextDelta(text=text):
                     yield chunk({"content": text})
                 case Finished(finish_reason=reason, usage=usage):
-                    yield chunk({}, reason)
+                    yield chunk({}, _reason(reason))
                     if body.stream_options.include_usage:
                         yield _data({**frame, "choices": [], "usage": _usage(usage)})
                     yield "data: [DONE]\n\n"

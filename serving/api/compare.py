@@ -30,16 +30,17 @@ async def compare_targets(request: Request) -> Response:
     services = request.app.state.services
     policy = effective_policy(services.settings.policy, body.policy)
     chosen = services.targets().choose_several(body.targets, policy)
+    comparison_id = f"cmp_{secrets.token_hex(8)}"
     events = compare(
         body.to_request(fields.images),
         [target.answerer for target in chosen],
         reference=body.reference,
         parallel=body.parallel,
         rng=random.SystemRandom(),
-        comparison_id=f"cmp_{secrets.token_hex(8)}",
+        comparison_id=comparison_id,
     )
     if body.stream:
-        return event_stream(_written(events, request.state.request_id))
+        return event_stream(_written(events, comparison_id, request.state.request_id))
     return JSONResponse(await unless_client_leaves(request, _whole(events, request.state.request_id)))
 
 
@@ -51,7 +52,9 @@ async def _whole(events: AsyncGenerator[CompareEvent, None], request_id: str) ->
     raise NearfarError("the comparison ended without a result")
 
 
-async def _written(events: AsyncGenerator[CompareEvent, None], request_id: str) -> AsyncIterator[str]:
+async def _written(
+    events: AsyncGenerator[CompareEvent, None], comparison_id: str, request_id: str
+) -> AsyncIterator[str]:
     async with aclosing(events):
         async for event in events:
             match event:
@@ -59,7 +62,7 @@ async def _written(events: AsyncGenerator[CompareEvent, None], request_id: str) 
                     yield sse("delta", {"target": target, "text": text})
                 case ArmFinished(result=result):
                     kind = "error" if result.finished is None else "finished"
-                    yield sse(kind, result_object(f"inf_{secrets.token_hex(8)}", result, request_id))
+                    yield sse(kind, result_object(comparison_id, result, request_id))
                 case Compared(comparison=comparison):
                     yield sse("comparison", comparison_object(comparison, request_id))
                 case _:

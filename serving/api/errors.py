@@ -10,9 +10,17 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from models.errors import BadRequest, InvalidValue, NearfarError, Overloaded
+from models.errors import BadRequest, InvalidValue, NearfarError, NotFound, Overloaded
+from serving.api.streaming import ClientLeft
 
 log = logging.getLogger("nearfar.api")
+
+
+class MethodNotAllowed(NearfarError):
+    """The path is right, the method is not."""
+
+    status = 405
+    type = "method_not_allowed"
 
 
 def error_object(error: NearfarError, request_id: str) -> dict[str, Any]:
@@ -56,13 +64,19 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        wrapped = NearfarError(str(error.detail))
-        kinds = {404: "not_found", 405: "method_not_allowed"}
-        body = {"type": kinds.get(error.status_code, "invalid_request"), "message": wrapped.message, "param": None}
-        response = {"error": {**body, "request_id": request.state.request_id}}
-        return JSONResponse(response, status_code=error.status_code, headers=error.headers)
+        kinds = {404: NotFound, 405: MethodNotAllowed}
+        kind = kinds.get(error.status_code, BadRequest)
+        response = respond(request, kind(f"{request.method} {request.url.path[:100]}: {error.detail}"))
+        response.headers.update(error.headers or {})  # Allow, of a 405
+        return response
+
+    @app.exception_handler(ClientLeft)
+    async def nobody_reads(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=499)
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
         log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
-        return respond(request, NearfarError("an unexpected error; the log says more under this request id"))
+        response = respond(request, NearfarError("an unexpected error; the log says more under this request id"))
+        response.headers["x-request-id"] = request.state.request_id  # this one is answered outside the Guard
+        return response

@@ -40,8 +40,7 @@ async def infer(request: Request) -> Response:
 
 
 async def _whole(answer_id: str, answerer: Answerer, question: AnswerRequest) -> dict[str, Any]:
-    async with aclosing(answerer.stream(question)) as events:
-        text, finished = await collect(events)
+    text, finished = await collect(answerer.stream(question))
     return answer_object(answer_id, text, finished)
 
 

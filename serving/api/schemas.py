@@ -6,27 +6,26 @@ import json
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from comparisons.runner import ArmResult, Comparison
+from comparisons.results import ArmResult, Comparison
 from models.bundle import Bundle
-from models.errors import InvalidValue
+from models.errors import NearfarError
 from models.events import Finished
 from models.images import Detail
 from models.request import AnswerRequest, GenerationSettings, Policy, Task, question
-from serving.api.body import Fields
+from serving.api.body import Fields, parse_json
 from serving.api.errors import error_object, invalid_value
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class InferBody(BaseModel):
-    """Fields of `POST /infer`. Values of a form are strings and are converted; unknown fields are refused."""
+class QuestionBody(BaseModel):
+    """Fields of both routes. Values of a form are strings and are converted; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str | None = None
-    model: str | None = None
     max_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = None
@@ -39,10 +38,7 @@ class InferBody(BaseModel):
     @field_validator("response_format", mode="before")
     @classmethod
     def _from_text(cls, value: object) -> object:
-        try:
-            return json.loads(value) if isinstance(value, str) else value
-        except json.JSONDecodeError as error:
-            raise ValueError("must be a JSON object") from error
+        return parse_json(value.encode()) if isinstance(value, str) else value
 
     @field_validator("response_format")
     @classmethod
@@ -57,13 +53,18 @@ class InferBody(BaseModel):
         return question(self.prompt, images, task=self.task, settings=settings, detail=self.detail)
 
 
-class CompareBody(InferBody):
+class InferBody(QuestionBody):
+    """Fields of `POST /infer`."""
+
+    model: str | None = None
+
+
+class CompareBody(QuestionBody):
     """Fields of `POST /compare`."""
 
     targets: tuple[str, ...] = ()
-    reference: str | None = None
+    reference: str | None = Field(None, max_length=4000)
     parallel: bool = False
-    model: None = None
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -97,11 +98,12 @@ def answer_object(answer_id: str, text: str, finished: Finished) -> dict[str, An
     }
 
 
-def result_object(answer_id: str, result: ArmResult, request_id: str) -> dict[str, Any]:
-    """One target's part of a comparison, flat."""
+def result_object(comparison_id: str, result: ArmResult, request_id: str) -> dict[str, Any]:
+    """One target's part of a comparison, flat. Its id is the comparison's and the place in which it ran."""
+    answer_id = f"{comparison_id}_{result.order}"
     place = {"target": result.target, "order": result.order, "contended": result.contended}
     if result.finished is None or result.text is None:
-        error = result.error or InvalidValue("no answer")
+        error = result.error or NearfarError("the target gave no answer")
         return {"ok": False, **place, "error": error_object(error, request_id)}
     return {"ok": True, **answer_object(answer_id, result.text, result.finished), **place, "correct": result.correct}
 
@@ -110,10 +112,7 @@ def comparison_object(comparison: Comparison, request_id: str) -> dict[str, Any]
     """The object of `POST /compare`."""
     return {
         "id": comparison.comparison_id,
-        "results": [
-            result_object(f"{comparison.comparison_id}_{place}", result, request_id)
-            for place, result in enumerate(comparison.results)
-        ],
+        "results": [result_object(comparison.comparison_id, result, request_id) for result in comparison.results],
         "tradeoff": asdict(comparison.tradeoff),
         "verdict": asdict(comparison.verdict),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import sys
 import time
@@ -10,14 +11,16 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from comparisons.cost import LOCAL_COST
-from models.errors import NearfarError, Overloaded
+from models.errors import NearfarError, Overloaded, Unavailable
 from models.events import AnswerEvent, Egress, Failed, Finished, Memory, TextDelta
+from models.loaded_model import LoadedModel
 from models.request import AnswerRequest
 from serving.engine.loop import EngineLoop, Job
-from serving.engine.prepare import LoadedModel, prepare
+from serving.engine.prepare import prepare
 from serving.engine.sequence import Sequence
 
 PREPARATION_THREADS = 2
+log = logging.getLogger("nearfar.engine")
 
 
 class LocalEngine:
@@ -30,9 +33,9 @@ class LocalEngine:
         self.in_hand = 0
 
     def close(self) -> None:
-        """End the threads; running answers end in Failed."""
+        """End the threads. What runs or waits ends in Failed."""
         self.loop.close()
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        self.workers.shutdown(wait=False)
 
 
 class LocalAnswerer:
@@ -57,7 +60,7 @@ class LocalAnswerer:
             yield Failed(error=Overloaded(f"{self._engine.in_hand} requests are waiting; try again shortly"))
             return
         self._engine.in_hand += 1
-        sequence: Sequence | None = None
+        job: Job | None = None
         try:
             event_loop = asyncio.get_running_loop()
             prompt = await event_loop.run_in_executor(self._engine.workers, prepare, self._model, request, self._clock)
@@ -67,16 +70,22 @@ class LocalAnswerer:
             def tell(event: str | NearfarError | None) -> None:
                 event_loop.call_soon_threadsafe(events.put_nowait, event)
 
-            self._engine.loop.submit(Job(sequence=sequence, on_text=tell, on_end=tell))
+            job = Job(sequence=sequence, on_text=tell, on_end=tell)
+            self._engine.loop.submit(job)
             while isinstance(event := await events.get(), str):
                 yield TextDelta(text=event)
             yield Failed(error=event) if event else self._finished(sequence)
         except NearfarError as error:
             yield Failed(error=error)
+        except MemoryError:
+            yield Failed(error=Unavailable("out of memory while the pictures were decoded"))
+        except Exception:
+            log.exception("a request could not be prepared")
+            yield Failed(error=NearfarError("the request could not be prepared; the log says how"))
         finally:
             self._engine.in_hand -= 1
-            if sequence:
-                sequence.cancelled = True
+            if job:
+                self._engine.loop.cancel(job)
 
     def _finished(self, sequence: Sequence) -> Finished:
         assert sequence.finish_reason is not None

@@ -1,15 +1,17 @@
 """The engine's thread: it alone touches sessions, sequences and caches of all loaded models.
 
-Sequences come in through a bounded inbox and run in turn, one step each, so that a long answer does not hold up a short
-one. A sequence leaves by finishing, failing or being cancelled, and all three end in the one `finally` that forgets it.
+Sequences wait in arrival order, as many as admission lets in, and run in turn, one step each, so that a long answer
+does not hold up a short one. A running one leaves by finishing, failing or being cancelled, and all three end in the
+one `finally` that forgets it.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from models.errors import NearfarError, Unavailable
@@ -31,7 +33,8 @@ class EngineLoop:
     """Owns the thread. `submit` may be called from any thread."""
 
     def __init__(self, *, max_running: int) -> None:
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()  # guards _waiting and _closing
         self._running: list[Job] = []
         self._max_running = max_running
         self._closing = False
@@ -44,35 +47,42 @@ class EngineLoop:
         return len(self._running)
 
     def submit(self, job: Job) -> None:
-        """Queue a sequence. Its bound is the caller's admission, which counts requests, not jobs."""
-        self._inbox.put(job)
+        """Let a sequence wait its turn. After `close` it fails at once."""
+        with self._changed:
+            if not self._closing:
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        _end(job, _going_down())
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants the answer any more: forget it where it waits, or stop it after its present step."""
+        with self._changed:
+            job.sequence.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
 
     def close(self) -> None:
         """Fail what runs and waits, and end the thread."""
-        self._closing = True
-        self._inbox.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        while not self._closing:
-            self._admit()
+        while self._admit():
             for job in tuple(self._running):
                 self._step(job)
-        error = Unavailable("the service is going down")
-        while not self._inbox.empty():
-            waiting = self._inbox.get()
-            if waiting:
-                self._running.append(waiting)
-        for job in self._running:
-            job.on_end(error)
+        for job in (*self._running, *self._waiting):
+            _end(job, _going_down())
 
-    def _admit(self) -> None:
-        """Take waiting sequences up to the bound; with nothing to run, wait for one."""
-        while len(self._running) < self._max_running and (not self._running or not self._inbox.empty()):
-            job = self._inbox.get()
-            if job is None:
-                return
-            self._running.append(job)
+    def _admit(self) -> bool:
+        """Take waiting sequences up to the bound; with nothing to run, wait for one. False: closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running or self._waiting or self._closing)
+            while self._waiting and len(self._running) < self._max_running:
+                self._running.append(self._waiting.popleft())
+            return not self._closing
 
     def _step(self, job: Job) -> None:
         outcome: NearfarError | None = None
@@ -93,4 +103,13 @@ class EngineLoop:
         finally:
             if over:
                 self._running.remove(job)
-                job.on_end(outcome)
+                _end(job, outcome)
+
+
+def _end(job: Job, error: NearfarError | None) -> None:
+    with suppress(RuntimeError):  # the event loop that waited for it is closed; the thread must go on
+        job.on_end(error)
+
+
+def _going_down() -> Unavailable:
+    return Unavailable("the service is going down")

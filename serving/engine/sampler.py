@@ -23,11 +23,12 @@ def make_sampler(settings: GenerationSettings) -> Sampler:
     random = np.random.default_rng(settings.seed)
 
     def sample(logits: npt.NDArray[np.float32]) -> int:
-        scaled = logits.astype(np.float64) / settings.temperature
+        with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to -inf, which is right
+            scaled = (logits.astype(np.float64) - logits.max()) / settings.temperature
         order = np.argsort(-scaled, kind="stable")
         if settings.top_k:
             order = order[: settings.top_k]
-        weights = np.exp(scaled[order] - scaled[order[0]])
+        weights = np.exp(scaled[order])
         probabilities = weights / weights.sum()
         if settings.top_p < 1:
             # Keep every token before which the mass is still short of top_p: at least one.

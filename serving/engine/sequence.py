@@ -1,4 +1,7 @@
-"""One answer in the making: its prompt, its cache, its text so far and its clock readings. One thread touches it."""
+"""One answer in the making: its prompt, its cache, its text so far and its clock readings.
+
+The engine's thread alone advances it; others make it, ask to cancel it, and read its figures once it has ended.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from models.events import FinishReason, Timings, Usage
+from models.loaded_model import LoadedModel
 from models.onnx_model import KvCache
 from models.request import GenerationSettings
 from models.tokenizer import IncrementalText
-from serving.engine.prepare import LoadedModel, PreparedPrompt
+from serving.engine.prepare import PreparedPrompt
 from serving.engine.sampler import make_sampler
 
 
@@ -95,7 +99,8 @@ class Sequence:
 
     def _prefill(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         begun = self._clock()
-        self._queue_ms = (begun - self._queued) * 1000
+        # Both waits: for a preparation thread, and for the engine.
+        self._queue_ms = (self.prompt.begun - self._arrived + begun - self._queued) * 1000
         onnx, features = self.model.onnx, None
         if self.prompt.tiles:
             features = onnx.encode_tiles(np.concatenate([tiled.pixels for tiled in self.prompt.tiles]))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from PIL import Image
-
-from comparisons.cost import LOCAL_COST, price
-from models.errors import BadRequest, NearfarError, Unavailable, UpstreamError
+from comparisons.cost import price
+from models.errors import NearfarError, Unavailable, UpstreamError
 from models.events import (
     AnswerEvent,
     Cost,
@@ -28,7 +24,7 @@ from models.events import (
     Timings,
     Usage,
 )
-from models.images import FORMATS, media_type
+from models.images import read_header
 from models.request import AnswerRequest, ImagePart, TextPart
 from serving.hosted.chat_completions import Delta, to_body, to_delta
 from serving.hosted.providers import Provider
@@ -42,7 +38,7 @@ T = TypeVar("T")
 
 DRAIN_S = 0.1  # for the end of the body after [DONE], which lets the connection be used again
 MIN_SECRET_CHARACTERS = 8  # shorter pieces of a prompt are words, and cutting them out only garbles a message
-EXIF_ORIENTATION = 0x0112
+MAX_TEXT_CHARACTERS = 4 * 2**20  # of one answer; no model writes as much, and whoever collects it holds it in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +126,7 @@ class OpenAICompatible:
     def name(self) -> str:
         return f"{self._provider.name}/{self._model}"
 
-    async def stream(self, request: AnswerRequest) -> AsyncIterator[AnswerEvent]:
+    async def stream(self, request: AnswerRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Text as it comes, then Finished or Failed. Leaving early closes the connection to the provider."""
         try:
             client = await self._open()
@@ -193,10 +189,14 @@ class OpenAICompatible:
             raise UpstreamError(
                 f"{self._provider.name} answered {response.status_code} with {what} instead of a stream"
             )
+        characters = 0
         async with aclosing(cast("AsyncGenerator[ServerSentEvent, None]", aiter(EventSource(response)))) as events:
             async for event in events:
                 if event.data:
                     delta = to_delta(event.data)
+                    characters += len(delta.text)
+                    if characters > MAX_TEXT_CHARACTERS:
+                        raise UpstreamError(f"{self._provider.name} sent more than {MAX_TEXT_CHARACTERS} characters")
                     yield delta
                     if delta.done:
                         break
@@ -205,8 +205,8 @@ class OpenAICompatible:
                     await anext(events, None)
 
     def _prepare(self, request: AnswerRequest) -> tuple[dict[str, Any], tuple[ImageReport, ...]]:
-        body = to_body(request, self._model, self._provider)
-        return body, tuple(_report(image, request.detail) for image in request.images)
+        images = tuple(_report(image, request.detail) for image in request.images)  # first: it checks the caps
+        return to_body(request, self._model, self._provider), images
 
     def _finished(self, progress: _Progress, images: tuple[ImageReport, ...], response: httpx2.Response) -> Finished:
         from serving.hosted.transport import left_device, measured
@@ -217,7 +217,6 @@ class OpenAICompatible:
         if progress.finish_reason == "length" and not progress.pieces:
             raise UpstreamError(f"{self._provider.name} used up max_tokens before the first word of its answer")
         body = measured(response.request)
-        left = left_device(self._provider, body.server_address if body else None)
         usage = progress.usage or Usage()
         return Finished(
             model=self._model,
@@ -228,15 +227,17 @@ class OpenAICompatible:
             images=images,
             memory=Memory(),
             egress=Egress(
-                left_device=left, bytes_sent=body.sent if body else 0, destination=self._provider.destination
+                left_device=left_device(self._provider, body.server_address if body else None),
+                bytes_sent=body.sent if body else None,
+                destination=self._provider.destination,
             ),
-            cost=self._cost(usage, left),
+            cost=self._cost(usage),
         )
 
-    def _cost(self, usage: Usage, left: bool) -> Cost:
-        if self._provider.price_provider is not None:
-            return price(self._provider.price_provider, self._model, usage)
-        return Cost(usd=None, basis=f"no price is known for {self._provider.name}") if left else LOCAL_COST
+    def _cost(self, usage: Usage) -> Cost:
+        if self._provider.price_provider is None:  # on loopback too: what listens there may ask a paid model
+            return Cost(usd=None, basis=f"no price is known for {self._provider.name}")
+        return price(self._provider.price_provider, self._model, usage)
 
     def _classify(self, error: Exception, request: AnswerRequest) -> NearfarError:
         if isinstance(error, NearfarError):
@@ -258,35 +259,27 @@ def _timings(progress: _Progress, ended: float, usage: Usage) -> Timings:
     total_s = ended - progress.started
     if progress.first_text is None:
         return Timings(total_ms=total_s * 1000)
-    decode_s = ended - progress.first_text
-    shown = (usage.completion_tokens or 0) - progress.hidden_tokens
     # Text that came in one piece shows no decoding: its time would be that of the stream's last lines.
-    measurable = shown > 1 and progress.pieces > 1 and decode_s > 0
+    decode_s = ended - progress.first_text if progress.pieces > 1 else None
+    shown = (usage.completion_tokens or 0) - progress.hidden_tokens
     return Timings(
         ttft_ms=(progress.first_text - progress.started) * 1000,
-        decode_ms=decode_s * 1000,
+        decode_ms=decode_s * 1000 if decode_s is not None else None,
         total_ms=total_s * 1000,
-        tokens_per_second=(shown - 1) / decode_s if measurable else None,
+        tokens_per_second=(shown - 1) / decode_s if decode_s and shown > 1 else None,
     )
 
 
 def _report(image: ImagePart, detail: str) -> ImageReport:
-    """Of the bytes as sent; what the provider makes of them is not known from outside. Only the header is decoded."""
-    media_type(image.data)
-    try:
-        with Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
-            width, height = opened.size
-            if opened.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8):  # lies on its side; sizes are of it upright
-                width, height = height, width
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise BadRequest("the image is damaged or truncated and cannot be decoded", param="image") from error
+    """Of the bytes as sent; what the provider makes of them is not known from outside. Nothing is decoded."""
+    header = read_header(image.data)
     return ImageReport(
-        width=width,
-        height=height,
+        width=header.width,
+        height=header.height,
         used_width=None,
         used_height=None,
         tiles=None,
         tokens=None,
-        sha256=hashlib.sha256(image.data).hexdigest(),
+        sha256=header.sha256,
         detail=detail,
     )

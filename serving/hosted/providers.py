@@ -46,7 +46,9 @@ class Provider:
     @property
     def description(self) -> str:
         """For people: who it is, and where it runs."""
-        where = f"at {self.destination}" if self.leaves_device else f"on this device, {self.destination}"
+        where = (
+            f"at {self.destination}" if self.leaves_device else f"another process on this device, {self.destination}"
+        )
         return f"{self.label or self.name}, {where}"
 
 

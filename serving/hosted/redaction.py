@@ -9,8 +9,10 @@ MAX_CHARACTERS = 160
 REDACTED = "[...]"
 
 # Keys as providers write them, also half masked ("sk-ab***yz"), and any long run that could be one, or a picture.
+# The masked ones begin where a word does, and so come first: tried at each of its characters, they would take the
+# square of its length.
 _KEY_LIKE = re.compile(
-    r"\b(?:Bearer\s+\S+|(?:sk|pk|rk|key)-[^\s'\"]+|AIza\S+)|\S*\*{2,}\S*|[A-Za-z0-9+/=_\-]{28,}", re.I
+    r"(?<!\S)\S*\*\*\S*|\b(?:Bearer\s+\S+|(?:sk|pk|rk|key)-[^\s'\"]+|AIza\S+)|[A-Za-z0-9+/=_\-]{28,}", re.I
 )
 
 

@@ -14,6 +14,11 @@ export class EventParser {
     return lines.map((line) => this.#line(line)).filter(Boolean);
   }
 
+  /** The event that the end of the stream completes: no line feed can follow a last carriage return any more. */
+  end() {
+    return this.#rest.endsWith("\r") ? this.push("\n") : [];
+  }
+
   #line(line) {
     if (line === "") {
       const done = this.#data.length ? { event: this.#event || "message", data: this.#data.join("\n") } : null;
@@ -38,8 +43,8 @@ export async function* readEvents(stream) {
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      yield* parser.push(done ? decoder.decode() + "\n" : decoder.decode(value, { stream: true }));
-      if (done) return;
+      if (done) return yield* parser.end();
+      yield* parser.push(decoder.decode(value, { stream: true }));
     }
   } finally {
     await reader.cancel().catch(() => {});

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import pytest
 
@@ -31,7 +31,7 @@ class Scripted:
         self.pause_s = pause_s
         self.log: list[str] = []
 
-    async def stream(self, request: AnswerRequest) -> AsyncIterator[AnswerEvent]:
+    async def stream(self, request: AnswerRequest) -> AsyncGenerator[AnswerEvent, None]:
         self.log.append("started")
         try:
             for event in self.events:

@@ -52,7 +52,11 @@ def test_a_local_answer_costs_nothing_and_says_what_was_not_counted():
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "::ffff:127.0.0.1"]
+    "host",
+    [
+        *("localhost", "localhost.", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "127.255.255.254"),
+        *("::1", "[::1]", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1", "[::ffff:127.0.0.1]", "::ffff:7f00:1"),
+    ],
 )
 def test_loopback_stays_on_the_device(host):
     assert is_loopback_host(host)
@@ -63,6 +67,11 @@ def test_loopback_stays_on_the_device(host):
     [
         "0.0.0.0",
         "::",
+        "[::]",
+        "::ffff:0.0.0.0",
+        "::ffff:10.0.0.1",
+        "::127.0.0.1",
+        "128.0.0.1",
         "10.0.0.1",
         "192.168.1.2",
         "example.com",

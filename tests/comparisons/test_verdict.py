@@ -76,14 +76,39 @@ def test_without_a_hosted_arm_the_verdict_says_so(finish):
     slower = Timings(total_ms=23.0)
     found = verdict([result(finish, "local/a", "blue"), result(finish, "local/b", timings=slower)])
     assert "local/a was 2.3 times as fast as local/b (10 ms against 23 ms); the answers differ" in found.text
-    assert "There was no hosted arm: all targets ran on this device" in found.text
+    sentence = "There was no hosted arm: all targets ran in this process and sent nothing, at a cost of $0."
+    assert found.text.endswith(sentence)
 
 
-def test_loopback_is_on_this_device_and_its_bytes_are_told(finish):
-    egress = Egress(left_device=False, bytes_sent=812, destination="127.0.0.1:9001")
-    found = verdict([result(finish, "local/a"), result(finish, "far/b", egress=egress)])
-    assert "all targets ran on this device" in found.text
-    assert "812 bytes over loopback" in found.reasons[-1]
+NEAR = {
+    "egress": Egress(left_device=False, bytes_sent=812, destination="127.0.0.1:9001"),
+    "cost": Cost(usd=None, basis="no price is known for near"),
+}
+
+
+def test_an_endpoint_on_loopback_is_another_process_and_may_have_been_paid(finish):
+    found = verdict([result(finish, "local/a"), result(finish, "near/b", **NEAR)])
+    assert found.text.endswith(
+        " 812 bytes of request went to another process on this device, over HTTP, at an unknown price."
+    )
+    assert found.reasons[-1].endswith("812 bytes to another process on this device, over HTTP, price unknown")
+    assert "no hosted" not in found.text
+
+
+def test_bytes_to_loopback_and_bytes_that_left_are_told_apart(finish):
+    found = verdict([result(finish, "near/a", **NEAR), result(finish, "far/b", **CLOUD)])
+    assert found.text.endswith(
+        " 2,345 bytes of request left this device for api.example.com:443 and 812 bytes of request went to another "
+        "process on this device, over HTTP, at a cost of at least $0.00056, not all prices being known."
+    )
+
+
+def test_bytes_that_were_not_measured_are_unknown_and_not_0(finish):
+    egress = Egress(left_device=False, bytes_sent=None, destination="127.0.0.1:9001")
+    found = verdict([result(finish, "local/a"), result(finish, "near/b", **{**NEAR, "egress": egress})])
+    assert " An unknown number of bytes of request went to another process" in found.text
+    more = verdict([result(finish, "near/a", **NEAR), result(finish, "near/b", **{**NEAR, "egress": egress})])
+    assert " At least 812 bytes of request went to another process" in more.text
 
 
 def test_contended_timings_are_said_to_be_no_measurement(finish):
@@ -102,10 +127,13 @@ def test_failed_arms_are_named_and_claim_nothing_about_egress(finish):
     found = verdict([failure("far/a"), result(finish, "local/b")])
     assert found.text == (
         "On this input only local/b answered, in 10 ms; far/a failed. "
-        "No hosted arm answered: all targets that did ran on this device."
+        "No hosted arm answered: all targets that did ran in this process, at a cost of $0. "
+        "What failed targets were sent is not counted."
     )
     assert "far/a failed: far is down" in found.reasons
-    assert verdict([failure("far/a"), failure("far/b")]).text == "No target answered: far/a and far/b failed."
+    assert verdict([failure("far/a"), failure("far/b")]).text == (
+        "No target answered: far/a and far/b failed. What failed targets were sent is not counted."
+    )
 
 
 def test_an_unknown_price_is_said_to_be_unknown(finish):

@@ -9,7 +9,9 @@ import io
 import logging
 import random
 import socket
+import struct
 import sys
+import zlib
 from contextlib import aclosing
 
 import pytest
@@ -17,7 +19,7 @@ from PIL import Image
 
 from comparisons.runner import ArmDelta, compare
 from models.answerer import collect
-from models.errors import BadRequest, Unavailable, UpstreamError
+from models.errors import BadRequest, PayloadTooLarge, Unavailable, UpstreamError
 from models.events import Failed, Finished, TextDelta, Usage
 from models.request import GenerationSettings, question
 from serving.hosted.openai_compatible import OpenAICompatible, Timeouts
@@ -31,6 +33,13 @@ def picture(width: int = 8, height: int = 4, **options: object) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(data, "JPEG", **options)
     return data.getvalue()
+
+
+def png_without_pixels(width: int, height: int) -> bytes:
+    """Its header is whole; whoever decodes it fails."""
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 async def failure(answerer: OpenAICompatible, request=ASKED) -> UpstreamError:
@@ -69,7 +78,7 @@ async def test_the_bytes_counted_are_the_bytes_the_server_received_and_loopback_
     assert finished.egress.bytes_sent == len(received.body)
     assert finished.egress.left_device is False
     assert finished.egress.destination == f"127.0.0.1:{wire.port}"
-    assert finished.cost.usd == 0.0
+    assert (finished.cost.usd, finished.cost.basis) == (None, "no price is known for far")
     url = received.json["messages"][0]["content"][0]["image_url"]["url"]
     assert base64.b64decode(url.removeprefix("data:image/jpeg;base64,")) == data
 
@@ -130,7 +139,20 @@ async def test_characters_split_between_packets_come_whole(wire, ask_for, speak)
     answer = await collect(ask_for().stream(ASKED))
     assert answer.text == text
     assert answer.finished.usage == Usage()
-    assert answer.finished.timings.tokens_per_second is None
+
+
+@pytest.mark.asyncio
+async def test_text_in_one_piece_shows_no_decoding(wire, ask_for, speak):
+    wire.script = (speak["chunk"]("red", "stop"), 0.01, speak["usage"](5, 3), speak["DONE"])
+    timings = (await collect(ask_for().stream(ASKED))).finished.timings
+    assert timings.ttft_ms < timings.total_ms
+    assert (timings.decode_ms, timings.tokens_per_second) == (None, None)
+
+
+@pytest.mark.asyncio
+async def test_text_without_end_is_a_failure(wire, ask_for, speak):
+    wire.script = (*[speak["chunk"]("x" * 2**20)] * 5, speak["chunk"](finish="stop"), speak["DONE"])
+    assert (await failure(ask_for())).message == "far sent more than 4194304 characters"
 
 
 @pytest.mark.asyncio
@@ -353,6 +375,20 @@ async def test_closing_the_answerer_ends_running_streams_and_refuses_new_ones(wi
 async def test_what_is_no_picture_is_refused_before_anything_is_sent(wire, ask_for, data):
     assert isinstance(await failure(ask_for(), question("what?", (data,))), BadRequest)
     assert not wire.received
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("data", [png_without_pixels(8000, 8000), picture() + bytes(20 * 2**20)])
+async def test_a_picture_over_the_caps_is_refused_before_anything_is_sent(wire, ask_for, data):
+    assert isinstance(await failure(ask_for(), question("what?", (data,))), PayloadTooLarge)
+    assert not wire.received
+
+
+@pytest.mark.asyncio
+async def test_a_picture_is_sent_without_being_decoded(wire, ask_for):
+    data = png_without_pixels(7000, 7000)
+    finished = (await collect(ask_for().stream(question("what?", (data,))))).finished
+    assert (finished.images[0].width, finished.images[0].height) == (7000, 7000)
 
 
 @pytest.mark.asyncio

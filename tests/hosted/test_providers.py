@@ -29,8 +29,8 @@ def test_an_endpoint_is_a_name_a_url_and_models():
     assert row.destination == "127.0.0.1:9001"
 
 
-def test_a_provider_on_loopback_is_labelled_as_running_on_this_device():
-    assert parse_endpoint("far=http://[::1]:9001/v1,m").description == "far, on this device, [::1]:9001"
+def test_a_provider_on_loopback_is_labelled_as_another_process_on_this_device():
+    assert parse_endpoint("far=http://[::1]:9001/v1,m").description == "far, another process on this device, [::1]:9001"
     assert parse_endpoint("far=http://10.0.0.5:9001/v1,m").description == "far, at 10.0.0.5:9001"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from models.errors import Unavailable
-from models.onnx_model import OnnxModel, execution_providers
-from models.tiny_scenes.evaluate import BundleRunner, cases
+from models.loaded_model import LoadedModel
+from models.onnx_model import execution_providers
+from models.tiny_scenes.evaluate import answer, cases
 from serving.settings import embedded_bundles
 
 
@@ -26,8 +27,7 @@ def test_cuda_comes_before_the_cpu_where_it_is_there(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_cuda_answers_as_the_cpu_does() -> None:
-    runner = BundleRunner(embedded_bundles()["tiny-scenes@fp32"])
-    questions = list(cases(20, {"color", "count", "number"}))
-    on_cpu = [runner.answer(case) for case in questions]
-    runner.model = OnnxModel(runner.bundle, provider="cuda")
-    assert [runner.answer(case) for case in questions] == on_cpu
+    folder = embedded_bundles()["tiny-scenes@fp32"]
+    cpu, cuda = (LoadedModel.load(folder, provider=provider) for provider in ("cpu", "cuda"))
+    for case in cases(20, {"color", "count", "number"}):
+        assert answer(cuda, case) == answer(cpu, case)

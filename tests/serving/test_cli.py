@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from serving.bench import percentile
-from serving.demo import free_port
+from serving.child import free_port
 from serving.settings import embedded_bundles
 from tests.serving.conftest import SAMPLES
 
@@ -79,6 +79,7 @@ def test_wrong_use_is_one_line_and_status_2() -> None:
     assert_fails(nearfar("infer", PICTURE, "x", "--max-tokens", "0"), 2, "max_tokens")
     assert_fails(nearfar("serve", "--host", "0.0.0.0"), 2, "NEARFAR_API_KEYS")
     assert_fails(nearfar("serve", "--port", "99999"), 2, "port")
+    assert_fails(nearfar("serve", "--endpoint", "nonsense"), 2, "NAME=URL,MODEL")
     assert nearfar("infer").returncode == 2
     assert nearfar("sing").returncode == 2
 

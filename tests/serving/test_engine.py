@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from models.answerer import collect
 from models.events import Failed, Finished, TextDelta
+from models.loaded_model import LoadedModel
 from models.request import AnswerRequest, GenerationSettings, question
 from serving.engine.local import LocalAnswerer, LocalEngine
-from serving.engine.prepare import LoadedModel
 from serving.engine.sampler import make_sampler
 from serving.engine.sequence import StopText
 from serving.settings import embedded_bundles

@@ -1,0 +1,34 @@
+"""A bundle ready to answer: its graphs, its tokenizer and its prompt renderer, put together in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.bundle import Bundle
+from models.onnx_model import ExecutionProvider, OnnxModel
+from models.prompt import PromptRenderer
+from models.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A checked bundle with everything that turns a request into ids and ids into text."""
+
+    onnx: OnnxModel
+    tokenizer: TextTokenizer
+    renderer: PromptRenderer
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> LoadedModel:
+        """Check, open and warm a bundle. Raises BundleError."""
+        bundle = Bundle.load(folder)
+        tokenizer = TextTokenizer(folder / "tokenizer.json")
+        renderer = PromptRenderer.from_folder(folder, tokenizer, bundle.manifest.shapes.image_tokens_per_tile)
+        onnx = OnnxModel(bundle, threads=threads, provider=provider)
+        onnx.warm_up()
+        return cls(onnx=onnx, tokenizer=tokenizer, renderer=renderer)
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.onnx.bundle
