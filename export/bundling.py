@@ -25,7 +25,6 @@ from export.graphs import build_decoder, save_graph, write_embeddings, write_vis
 from export.quantize import RECIPES, RecipePlan, quantize_decoder, quantize_vision
 from export.verify import QualityGateFailed, draw_cases, verify
 from models.bundle import (
-    FORMAT_VERSION,
     MANIFEST,
     Bundle,
     FileEntry,
@@ -83,7 +82,7 @@ def export_bundle(
         _write_texts(checkpoint, folder)
         _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
         draft = Manifest(
-            format=FORMAT_VERSION,
+            format=1,
             name=name,
             recipe=chosen,
             source=Source(name=source.name, sha256=checkpoint.weights_sha256, license=license),

@@ -41,16 +41,15 @@ class FullTileEmbeddings(nn.Module):
     what all models were trained with: https://github.com/huggingface/transformers/issues/41190
     """
 
-    def __init__(self, loaded: nn.Module) -> None:
+    def __init__(self, loaded: Any) -> None:
         super().__init__()
-        self.patch_embedding = loaded.patch_embedding
-        self.position_embedding = loaded.position_embedding
+        self.patch_embedding: nn.Conv2d = loaded.patch_embedding
+        self.position_embedding: nn.Embedding = loaded.position_embedding
 
     def forward(self, pixel_values: torch.Tensor, patch_attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[tile, 3, height, width] -> [tile, patch, hidden]. The mask of a full tile says nothing and is not read."""
-        patches: torch.Tensor = self.patch_embedding(pixel_values)
-        positions: torch.Tensor = self.position_embedding.weight
-        return patches.flatten(2).transpose(1, 2) + positions
+        patches: torch.Tensor = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding.weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +112,8 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
     text_type = config.get("text_config", {}).get("model_type", "llama")
     if text_type not in TEXT_MODEL_TYPES:
         raise CheckpointError(f"{folder}: a text model of type {text_type!r} cannot be exported")
+    if "sliding_attention" in (config.get("text_config", {}).get("layer_types") or ()):
+        raise CheckpointError(f"{folder}: a text model with sliding attention cannot be exported")
 
 
 def _weight_files(folder: Path) -> list[Path]:

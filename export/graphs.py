@@ -23,7 +23,6 @@ import onnx_ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime_genai.models.builders.llama import LlamaModel
-from onnxruntime_genai.models.builders.smollm import SmolLM3Model
 from optimum.exporters.onnx import OnnxConfig, export, validate_model_outputs
 from optimum.utils import DummyInputGenerator, NormalizedConfig
 from torch import nn
@@ -34,7 +33,6 @@ from export.checkpoint import Checkpoint
 OPSET = 20  # the newest that the TorchScript exporter writes; LayerNormalization and Gelu are one node each
 EXTERNAL_DATA_BYTES = 1_800_000_000  # a protobuf file ends at 2 GiB
 VALIDATION_TOLERANCE = 1e-3
-BUILDERS = {"llama": ("LlamaForCausalLM", LlamaModel), "smollm3": ("SmolLM3ForCausalLM", SmolLM3Model)}
 LM_HEAD = "/lm_head/MatMul"
 
 
@@ -85,7 +83,12 @@ def write_vision(checkpoint: Checkpoint, path: Path) -> None:
     validate_model_outputs(config, encoder, path, ["image_features"], atol=VALIDATION_TOLERANCE, use_subprocess=False)
     graph = onnx.load(path)
     # The published layout has this input. Tiles are always full, so nothing reads it, and tracing would drop it.
-    mask_shape = ["batch_size", "num_images", checkpoint.processing.tile_px, checkpoint.processing.tile_px]
+    mask_shape: list[str | int | None] = [
+        "batch_size",
+        "num_images",
+        checkpoint.processing.tile_px,
+        checkpoint.processing.tile_px,
+    ]
     graph.graph.input.append(helper.make_tensor_value_info("pixel_attention_mask", TensorProto.BOOL, mask_shape))
     save_graph(graph, path)
 
@@ -93,7 +96,7 @@ def write_vision(checkpoint: Checkpoint, path: Path) -> None:
 def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:
     """Write input_ids [batch, position] -> inputs_embeds [batch, position, hidden]; in int8 with one scale per row."""
     table = checkpoint.model.get_input_embeddings().weight.detach().numpy()
-    shape = ["batch_size", "sequence_length"]
+    shape: list[str | int | None] = ["batch_size", "sequence_length"]
     if int8:
         scale = np.maximum(np.abs(table).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
         rows = np.round(table / scale).astype(np.int8)
@@ -122,23 +125,36 @@ def build_decoder(checkpoint: Checkpoint) -> onnx.ModelProto:
     """The fused decoder: inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*."""
     model = checkpoint.model
     config = model.config.text_config
-    architecture, builder_class = BUILDERS[config.model_type]
-    config.architectures = [architecture]
+    config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):  # a causal model around the weights that are loaded already
         causal = AutoModelForCausalLM.from_config(config)
     causal.model, causal.lm_head = model.model.text_model, model.lm_head
     options = {"exclude_embeds": True, "hf_token": "false", "hf_remote": False}
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         float32 = onnx_ir.DataType.FLOAT
-        builder = builder_class(config, float32, float32, "cpu", cache, options)
+        builder = LlamaModel(config, float32, float32, "cpu", cache, options)
+        builder.window_size = -1  # its sign for none; smollm3's configuration says None
         builder.load_weights = lambda _path: causal
         # The builder takes any Linear with as many outputs as the vocabulary has entries for the head.
         builder.has_lm_head = lambda module: module is causal.lm_head
         builder.make_model("")
         builder.model.graph.sort()
         decoder: onnx.ModelProto = onnx_ir.to_proto(builder.model)
+    _leave_unrotated(decoder, [layer for layer, rope in enumerate(getattr(config, "no_rope_layers", [])) if not rope])
     keep_last_logits(decoder)
     return decoder
+
+
+def _leave_unrotated(decoder: onnx.ModelProto, layers: list[int]) -> None:
+    """Take the rotary embedding out of those layers' attention: smollm3 has none in every fourth.
+
+    The builder's own class for smollm3 (0.14.1) puts a separate RotaryEmbedding there instead.
+    """
+    names = [f"/model/layers.{layer}/attn/GroupQueryAttention" for layer in layers]
+    for node in decoder.graph.node:
+        if node.name in names:
+            node.input[7] = node.input[8] = ""  # cosines and sines
+            next(attribute for attribute in node.attribute if attribute.name == "do_rotary").i = 0
 
 
 def keep_last_logits(decoder: onnx.ModelProto) -> None:

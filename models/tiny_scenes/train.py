@@ -470,7 +470,7 @@ def train(out: Path, *, steps: int, rows: int, seed: int, peak: float, save_ever
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder; resumes what it finds there")
-    parser.add_argument("--steps", type=int, default=1950)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--rows", type=int, default=80, help="pictures per step")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")

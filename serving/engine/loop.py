@@ -46,6 +46,11 @@ class EngineLoop:
         """Sequences that are being advanced; those waiting are not counted."""
         return len(self._running)
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not begun."""
+        return len(self._waiting)
+
     def submit(self, job: Job) -> None:
         """Let a sequence wait its turn. After `close` it fails at once."""
         with self._changed:

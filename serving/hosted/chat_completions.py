@@ -114,7 +114,8 @@ def to_delta(data: str) -> Delta:
     refused = isinstance(refusal, str) and bool(refusal)
     shown = refusal if refused else text
     return Delta(
-        text=shown if isinstance(shown, str) else "",
+        # A lone surrogate, as "\\ud83d" in the JSON, is no Unicode text and could not be sent on.
+        text=shown.encode(errors="replace").decode() if isinstance(shown, str) else "",
         refused=refused,
         finish_reason=_FINISH_REASONS.get(finish, "stop") if isinstance(finish, str) and finish else None,
         usage=_to_usage(usage) if usage is not None else None,

@@ -114,3 +114,8 @@ def test_an_error_in_a_chunks_place_is_raised(data):
 def test_anything_else_is_not_a_chunk(data):
     with pytest.raises(NotAChunk):
         to_delta(data)
+
+
+def test_a_lone_surrogate_in_a_chunk_becomes_text_that_can_be_sent_on() -> None:
+    delta = to_delta('{"choices": [{"delta": {"content": "a\\ud83d"}}]}')
+    assert delta.text == "a?"

@@ -151,7 +151,7 @@ async def test_text_in_one_piece_shows_no_decoding(wire, ask_for, speak):
 
 @pytest.mark.asyncio
 async def test_text_without_end_is_a_failure(wire, ask_for, speak):
-    wire.script = (*[speak["chunk"]("x" * 2**20)] * 5, speak["chunk"](finish="stop"), speak["DONE"])
+    wire.script = (*[speak["chunk"]("x" * 2**19)] * 9, speak["chunk"](finish="stop"), speak["DONE"])
     assert (await failure(ask_for())).message == "far sent more than 4194304 characters"
 
 

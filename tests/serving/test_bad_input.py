@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from tests.serving.conftest import picture, running
+from tests.serving.conftest import picture, running, wait_for
 
 QUESTION = {"prompt": "What color is the circle?"}
 JPEG = picture(kind="JPEG")
@@ -224,6 +224,31 @@ def test_a_full_queue_is_429_with_retry_after(red_circle_url: str) -> None:
         with full.client.stream("POST", "/v1/chat/completions", json=body) as busy:
             pieces = busy.iter_bytes()
             next(pieces)
+            wait_for(lambda: full.services._engine.in_hand == 1)
             refused = full.client.post("/infer", json={"prompt": "x"})
             assert_error(refused, 429)
             assert int(refused.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("name", ["a response format as text", "UTF-16 with escaped quotes", "many small objects"])
+def test_deep_or_endless_json_is_refused_in_every_disguise(client: httpx2.Client, name: str) -> None:
+    deep = "[" * 50_000
+    bodies = {
+        "a response format as text": ('{"prompt": "x", "response_format": "' + deep + '"}').encode(),
+        "UTF-16 with escaped quotes": ('{"prompt": "\\"", "x": ' + deep + "]" * 50_000 + "}").encode("utf-16"),
+        "many small objects": b'{"prompt": [' + b"{}," * 20_000 + b"{}]}",
+    }
+    assert_error(client.post("/infer", content=bodies[name], headers={"content-type": "application/json"}), 400)
+
+
+def test_a_prompt_of_any_excess_is_a_context_error(client: httpx2.Client) -> None:
+    for size in (20_000, 250_000, 2_000_000):
+        response = client.post("/infer", data={"prompt": "shape " * (size // 6)}, files={"image": JPEG})
+        assert_error(response, 400, "context_length_exceeded")
+
+
+def test_damaged_metadata_is_dropped(client: httpx2.Client) -> None:
+    image = Image.open(io.BytesIO(picture()))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", exif=b"Exif\x00\x00garbage", icc_profile=b"no profile" * 50)
+    assert client.post("/infer", files={"image": stream.getvalue()}, data=QUESTION).json()["text"] == "red"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,11 +13,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
+from rich.console import Console
 
 from serving.bench import percentile
 from serving.child import free_port
 from serving.settings import embedded_bundles
+from serving.tables import results_table
 from tests.serving.conftest import SAMPLES
 
 PICTURE = str(SAMPLES / "red-circle.png")
@@ -164,3 +168,25 @@ def test_bench_reports_each_client_count_and_the_machine() -> None:
 def test_a_percentile_is_the_nearest_rank() -> None:
     ordered = [float(value) for value in range(1, 101)]
     assert (percentile(ordered, 0.5), percentile(ordered, 0.95), percentile([7.0], 0.95)) == (50.0, 95.0, 7.0)
+
+
+def test_a_table_shows_a_models_words_as_they_are() -> None:
+    shown = io.StringIO()
+    results_table([{"ok": True, "target": "t", "text": "[red]x[/b]\x1b[2J"}], Console(file=shown, width=100))
+    assert "[red]x[/b]" in shown.getvalue()
+    assert "\x1b[2J" not in shown.getvalue()
+
+
+def test_sigterm_during_the_demo_leaves_no_service_behind() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving.cli", "demo", "--keep"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    address = next(line for line in process.stdout if "serving on" in line).split()[2]
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    poll(f"{address}/ready", 200)
+    process.terminate()
+    process.wait(timeout=40)
+    assert not any(child.is_running() for child in children)
+    process.stdout.close()

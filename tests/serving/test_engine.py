@@ -19,6 +19,7 @@ from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.engine.sampler import make_sampler
 from serving.engine.sequence import StopText
 from serving.settings import embedded_bundles
+from tests.serving.conftest import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -136,5 +137,28 @@ async def test_an_error_inside_a_step_fails_that_request_alone(
         assert isinstance(events[-1], Failed)
         assert events[-1].error.status == 503
         assert await answer_of(answerer, question("What color is the circle?", (red_circle,))) == "red"
+    finally:
+        engine.close()
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert make_sampler(GenerationSettings(temperature=1e-310, seed=1))(logits(a=0.2, b=0.5, c=0.3)) == 1
+
+
+@pytest.mark.asyncio
+async def test_requests_that_are_left_while_they_wait_are_forgotten(fp32: LoadedModel) -> None:
+    engine = LocalEngine(max_waiting=32, max_running=1)
+    try:
+        answerer = LocalAnswerer(fp32, engine)
+        settings = GenerationSettings(max_tokens=900, ignore_eos=True)
+        busy = answerer.stream(question("x", settings=settings))
+        await anext(busy)
+        waiting = [asyncio.ensure_future(answer_of(answerer, question("x"))) for _ in range(10)]
+        await asyncio.to_thread(wait_for, lambda: engine.loop.waiting == 10)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert engine.loop.waiting == 0
+        await busy.aclose()
     finally:
         engine.close()

@@ -115,7 +115,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_second(service: RunningSe
     with service.client.stream("POST", "/v1/chat/completions", json=body) as response:
         pieces = response.iter_bytes()
         next(pieces)
-        assert engine.in_hand == 1
+        wait_for(lambda: engine.in_hand == 1)
     left = time.monotonic()
     wait_for(lambda: engine.in_hand == 0 and not engine.loop.running, timeout_s=1.0)
     assert time.monotonic() - left < 1.0

@@ -39,7 +39,7 @@ def test_a_further_host_can_be_allowed() -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
+    [{"origin": "https://evil.example"}, {"origin": "null"}, {"origin": "http://[x"}, {"sec-fetch-site": "cross-site"},
      {"sec-fetch-site": "same-site"}, {"origin": "http://127.0.0.1:1"}],
 )  # fmt: skip
 def test_a_cross_site_post_is_refused(client: httpx2.Client, headers: dict[str, str]) -> None:
@@ -101,6 +101,7 @@ def test_keys_stay_out_of_the_settings_repr() -> None:
 
 
 def test_unknown_paths_and_methods_have_the_error_object(client: httpx2.Client) -> None:
+    assert client.get("/infer").headers["allow"] == "POST"
     for response, status in (
         (client.get("/nothing"), 404),
         (client.get("/infer"), 405),
