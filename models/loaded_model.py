@@ -21,12 +21,11 @@ class LoadedModel:
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> LoadedModel:
-        """Check, open and warm a bundle. Raises BundleError."""
+        """Check and open a bundle. Raises BundleError."""
         bundle = Bundle.load(folder)
         tokenizer = TextTokenizer(folder / "tokenizer.json")
         renderer = PromptRenderer.from_folder(folder, tokenizer, bundle.manifest.shapes.image_tokens_per_tile)
         onnx = OnnxModel(bundle, threads=threads, provider=provider)
-        onnx.warm_up()
         return cls(onnx=onnx, tokenizer=tokenizer, renderer=renderer)
 
     @property

@@ -166,11 +166,3 @@ class OnnxModel:
             generated.append(token)
             logits = self.decode(self.embed([token]), cache)
         return generated
-
-    def warm_up(self) -> None:
-        """Run every graph once, the prompt step and the single-token step apart: first runs allocate and compile."""
-        tile_px = self.bundle.manifest.processing.tile_px
-        self.encode_tiles(np.zeros((1, 3, tile_px, tile_px), dtype=np.float32))
-        cache = self.new_cache(CACHE_STEP)
-        self.decode(self.embed([0, 1, 2, 3]), cache)
-        self.decode(self.embed([0]), cache)
