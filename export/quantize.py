@@ -41,8 +41,8 @@ class RecipePlan:
     """One recipe: file suffix, bits of the decoder's matrices, and the gate its bundle must pass.
 
     `eight_bit_ladder` names, by parts of their names, matrices that stay at 8 bits all the same. Its rungs are tried in
-    order until the gate is passed: large models stand 4 bits everywhere, the smallest do not. (SmolLM2-135M's weights,
-    mean KL by rung: 0.39, 0.28, 0.16.)
+    order until the gate is passed: large models stand 4 bits everywhere, the smallest do not. (SmolLM2-135M's weights
+    over 2,048 tokens of English prose, mean KL by rung: 0.37, 0.24, 0.11; in 8 bits everywhere 0.009.)
     """
 
     suffix: str
