@@ -11,7 +11,7 @@ from models.tiny_scenes.evaluate import Row, evaluate
 from serving.settings import embedded_bundles
 
 CLAIMS = {"color": 0.95, "shape": 0.95, "presence": 0.95, "count": 0.95, "number": 0.85}
-PER_ROW = 200  # 1,000 scenes in all
+PER_ROW = 500  # 2,500 scenes in all; counting is at 0.96, which 200 scenes do not tell from 0.95
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,10 @@ def test_the_default_bundle_knows_what_is_claimed(tables: dict[str, dict[str, Ro
 
 
 @pytest.mark.timeout(600)
-def test_int8_is_within_a_point_of_fp32_on_a_thousand_scenes(tables: dict[str, dict[str, Row]]) -> None:
+def test_int8_is_within_a_point_of_fp32_on_the_same_scenes(tables: dict[str, dict[str, Row]]) -> None:
     int8, fp32 = (sum(row.right for row in table.values()) for table in tables.values())
-    assert sum(row.asked for row in tables["tiny-scenes@fp32"].values()) == 1000
-    assert int8 >= fp32 - 10
+    assert sum(row.asked for row in tables["tiny-scenes@fp32"].values()) == 2500
+    assert int8 >= fp32 - 25
 
 
 @pytest.mark.slow
