@@ -1,4 +1,4 @@
-"""The error tree. Each class knows its HTTP status, its type in the error object, and whether a retry can help.
+"""The error tree. Each class knows its HTTP status and its type in the error object.
 
 NearfarError                    500  internal_error
 +-- BadRequest                  400  invalid_request
@@ -9,10 +9,10 @@ NearfarError                    500  internal_error
 +-- Forbidden                   403  forbidden
 +-- NotFound                    404  not_found
 +-- RequestTimeout              408  timeout
-+-- Overloaded                  429  overloaded          (retry)
-+-- Unavailable                 503  unavailable         (retry)
++-- Overloaded                  429  overloaded
++-- Unavailable                 503  unavailable
 |   +-- BundleError             503  bundle_error
-+-- UpstreamError               502  upstream_error      (retry)
++-- UpstreamError               502  upstream_error
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class NearfarError(Exception):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "internal_error"
-    retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -93,7 +92,6 @@ class Overloaded(NearfarError):
 
     status = 429
     type = "overloaded"
-    retryable = True
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -105,14 +103,12 @@ class Unavailable(NearfarError):
 
     status = 503
     type = "unavailable"
-    retryable = True
 
 
 class BundleError(Unavailable):
     """A model folder is missing, damaged, or not one of ours. The message names the file."""
 
     type = "bundle_error"
-    retryable = False
 
 
 class UpstreamError(NearfarError):
@@ -120,4 +116,3 @@ class UpstreamError(NearfarError):
 
     status = 502
     type = "upstream_error"
-    retryable = True

@@ -19,13 +19,14 @@ from models.bundle import Bundle
 from models.errors import NearfarError, Unavailable
 from models.loaded_model import LoadedModel
 from models.request import AnswerRequest, GenerationSettings, question
+from models.tiny_scenes import BUNDLES
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
 from serving.api.security import Guard
 from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.hosted.openai_compatible import OpenAICompatible
 from serving.hosted.providers import PROVIDERS, available, parse_endpoint
-from serving.settings import Settings, embedded_bundles
+from serving.settings import Settings
 from serving.targets import Target, Targets
 
 log = logging.getLogger("nearfar")
@@ -132,13 +133,12 @@ def warm_up_request() -> AnswerRequest:
 
 def model_folders(names: tuple[str, ...]) -> list[Path]:
     """Bundle folders for embedded names (`tiny-scenes`, `tiny-scenes@fp32`) and paths; without names, all embedded."""
-    embedded = embedded_bundles()
     folders: list[Path] = []
     for name in names:
         short = name.removeprefix("local/")
-        matches = [folder for key, folder in embedded.items() if short in (key, key.partition("@")[0])]
+        matches = [folder for key, folder in BUNDLES.items() if short in (key, key.partition("@")[0])]
         folders.extend(matches[:1] or [Path(name)])
-    return folders or list(embedded.values())
+    return folders or list(BUNDLES.values())
 
 
 def create_app(settings: Settings, environment: Mapping[str, str] | None = None) -> FastAPI:

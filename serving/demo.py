@@ -10,17 +10,14 @@ import base64
 import json
 import signal
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from models.tiny_scenes import BUNDLES, SAMPLES
 from serving.child import child_service, post
-from serving.settings import embedded_bundles
 from serving.tables import comparison_table, results_table
-
-SAMPLES = Path(__file__).resolve().parent.parent / "models" / "tiny_scenes" / "samples"
 
 
 def first_sample() -> tuple[dict[str, str], dict[str, Any]]:
@@ -37,7 +34,7 @@ def run_demo(*, keep: bool, port: int, console: Console) -> None:
     with ExitStack() as stack:
         with Progress(*columns, console=console) as progress:
             step = progress.add_task("starting the far side: a second nearfar on loopback, fp32", total=None)
-            far = stack.enter_context(child_service("--model", str(embedded_bundles()["tiny-scenes@fp32"])))
+            far = stack.enter_context(child_service("--model", str(BUNDLES["tiny-scenes@fp32"])))
             progress.update(step, description="starting the near side: int8, on this machine")
             near = stack.enter_context(child_service("--endpoint", f"far={far}/v1,tiny-scenes@fp32", port=port))
             progress.update(step, description="asking /infer")

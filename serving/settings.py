@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -71,9 +70,3 @@ class Settings(BaseSettings):
         """Host header values that are answered, without port."""
         own = () if self.host in ("0.0.0.0", "::") else (f"[{self.host}]" if ":" in self.host else self.host,)
         return frozenset(name.lower() for name in (*LOOPBACK_NAMES, *own, *self.allowed_hosts))
-
-
-def embedded_bundles() -> dict[str, Path]:
-    """The bundles inside the package, by target suffix; the first is the default."""
-    root = Path(__file__).resolve().parent.parent / "models" / "tiny_scenes" / "bundles"
-    return {f"tiny-scenes@{recipe}": root / recipe for recipe in ("int8", "fp32")}

@@ -11,14 +11,14 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
+from models import tiny_scenes
 from models.tiny_scenes import scenes
 from models.tiny_scenes.scenes import Scene, Thing
 
-FOLDER = Path(__file__).resolve().parent / "samples"
+FOLDER = tiny_scenes.SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from models.errors import NotFound
+from models.tiny_scenes import SAMPLES
 from serving.api.schemas import model_object
 from serving.api.security import SECURITY_HEADERS, require_key
 from serving.targets import allows
@@ -17,7 +18,6 @@ from serving.targets import allows
 router = APIRouter()
 keyed = APIRouter(dependencies=[Depends(require_key)])
 PAGE = Path(__file__).resolve().parent.parent / "page"
-SAMPLES = Path(__file__).resolve().parent.parent.parent / "models" / "tiny_scenes" / "samples"
 
 
 @router.get("/health")

@@ -13,13 +13,13 @@ import pytest
 from models.bundle import Bundle, sha256_of
 from models.errors import BundleError
 from models.onnx_model import OnnxModel
-from serving.settings import embedded_bundles
+from models.tiny_scenes import BUNDLES
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
-    shutil.copytree(embedded_bundles()["tiny-scenes@int8"], folder)
+    shutil.copytree(BUNDLES["tiny-scenes@int8"], folder)
     return folder
 
 
@@ -35,7 +35,7 @@ def vision(folder: Path) -> Path:
 
 
 def test_the_embedded_bundles_load_and_keep_their_size_limits() -> None:
-    int8, fp32 = (Bundle.load(folder) for folder in embedded_bundles().values())
+    int8, fp32 = (Bundle.load(folder) for folder in BUNDLES.values())
     assert (int8.target, fp32.target) == ("local/tiny-scenes@int8", "local/tiny-scenes@fp32")
     for loaded, limit in ((int8, 12e6), (fp32, 18e6)):
         assert sum(file.stat().st_size for file in loaded.folder.rglob("*") if file.is_file()) <= limit

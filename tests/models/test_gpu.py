@@ -7,8 +7,8 @@ import pytest
 from models.errors import Unavailable
 from models.loaded_model import LoadedModel
 from models.onnx_model import execution_providers
+from models.tiny_scenes import BUNDLES
 from models.tiny_scenes.evaluate import answer, cases
-from serving.settings import embedded_bundles
 
 
 def test_cuda_is_asked_for_in_vain_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,7 @@ def test_cuda_comes_before_the_cpu_where_it_is_there(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_cuda_answers_as_the_cpu_does() -> None:
-    folder = embedded_bundles()["tiny-scenes@fp32"]
+    folder = BUNDLES["tiny-scenes@fp32"]
     cpu, cuda = (LoadedModel.load(folder, provider=provider) for provider in ("cpu", "cuda"))
     for case in cases(20, {"color", "count", "number"}):
         assert answer(cuda, case) == answer(cpu, case)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from models.tiny_scenes import BUNDLES
 from models.tiny_scenes.evaluate import Row, evaluate
-from serving.settings import embedded_bundles
 
 CLAIMS = {"color": 0.95, "shape": 0.95, "presence": 0.95, "count": 0.95, "number": 0.85}
 PER_ROW = 500  # 2,500 scenes in all; counting is at 0.96, which 200 scenes do not tell from 0.95
@@ -16,7 +16,7 @@ PER_ROW = 500  # 2,500 scenes in all; counting is at 0.96, which 200 scenes do n
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, dict[str, Row]]:
-    return {name: evaluate(folder, PER_ROW, CLAIMS) for name, folder in embedded_bundles().items()}
+    return {name: evaluate(folder, PER_ROW, CLAIMS) for name, folder in BUNDLES.items()}
 
 
 @pytest.mark.timeout(600)
@@ -39,7 +39,7 @@ def test_the_table_in_the_models_readme_is_what_evaluate_gives() -> None:
     stated = {
         name.strip(): float(share) for name, share in re.findall(r"^\| ([a-z][^|]+) \| ([01]\.\d+) \|", readme, re.M)
     }
-    measured = evaluate(embedded_bundles()["tiny-scenes@int8"], 500)
+    measured = evaluate(BUNDLES["tiny-scenes@int8"], 500)
     assert set(stated) == set(measured)
     for name, row in measured.items():  # int8 kernels round differently from processor to processor: five questions
         assert row.share == pytest.approx(stated[name], abs=0.0101), name

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.tiny_scenes import BUNDLES
 from models.tokenizer import IncrementalText, TextTokenizer
-from serving.settings import embedded_bundles
 
-TOKENIZER = TextTokenizer(embedded_bundles()["tiny-scenes@int8"] / "tokenizer.json")
+TOKENIZER = TextTokenizer(BUNDLES["tiny-scenes@int8"] / "tokenizer.json")
 
 
 def pieces_of(ids: list[int]) -> list[str]:

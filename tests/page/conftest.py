@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from serving.child import child_service
+
 ROOT = Path(__file__).resolve().parents[2]
-READY_WITHIN_S = 120
 BROWSER_ARGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -32,53 +26,10 @@ BROWSER_ARGS = [
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def service() -> Iterator[str]:
     """The address of `nearfar serve` with its defaults: no key, no setting of the tester's machine."""
-    folder = tmp_path_factory.mktemp("service")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("NEARFAR_") and not name.endswith("_API_KEY")
-    }
-    log = folder / "log.txt"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serving.cli", "serve", "--port", str(port)],
-            cwd=ROOT,
-            env=environment | {"NEARFAR_DATA_DIR": str(folder)},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_until_ready(address, process, log)
+    with child_service() as address:
         yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
-    why = "no answer"
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/ready", timeout=5):
-                return
-        except urllib.error.HTTPError as error:
-            with error:
-                why = error.read().decode()
-        except OSError as error:
-            why = str(error)
-        time.sleep(0.2)
-    pytest.fail(f"the service is not ready: {why}\n{log.read_text()[-2000:]}")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -16,10 +15,9 @@ import pytest
 import uvicorn
 from PIL import Image, ImageDraw
 
+from models.tiny_scenes import SAMPLES
 from serving.app import Services, create_app
 from serving.settings import Settings
-
-SAMPLES = Path(__file__).parents[2] / "models" / "tiny_scenes" / "samples"
 
 
 class RunningService:

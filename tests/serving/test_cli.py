@@ -17,11 +17,10 @@ import psutil
 import pytest
 from rich.console import Console
 
+from models.tiny_scenes import BUNDLES, SAMPLES
 from serving.bench import percentile
 from serving.child import free_port
-from serving.settings import embedded_bundles
 from serving.tables import results_table
-from tests.serving.conftest import SAMPLES
 
 PICTURE = str(SAMPLES / "red-circle.png")
 
@@ -56,7 +55,7 @@ def test_infer_prints_the_answer_alone() -> None:
 
 
 def test_infer_takes_a_bundle_folder_and_prints_the_http_object() -> None:
-    folder = str(embedded_bundles()["tiny-scenes@fp32"])
+    folder = str(BUNDLES["tiny-scenes@fp32"])
     run = nearfar("infer", PICTURE, "What color is the circle?", "--model", folder, "--json")
     answer = json.loads(run.stdout)
     assert (answer["text"], answer["target"]) == ("red", "local/tiny-scenes@fp32")
@@ -133,7 +132,7 @@ def test_a_signal_ends_the_service_with_status_0(number: signal.Signals) -> None
 
 def test_a_damaged_bundle_is_not_ready_and_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
-    shutil.copytree(embedded_bundles()["tiny-scenes@int8"], folder)
+    shutil.copytree(BUNDLES["tiny-scenes@int8"], folder)
     graph = next((folder / "onnx").glob("vision*"))
     graph.write_bytes(graph.read_bytes()[:-1] + b"!")
     process, url = serve("--model", str(folder))

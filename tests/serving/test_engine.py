@@ -15,16 +15,16 @@ from models.answerer import collect
 from models.events import Failed, Finished, TextDelta
 from models.loaded_model import LoadedModel
 from models.request import AnswerRequest, GenerationSettings, question
+from models.tiny_scenes import BUNDLES
 from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.engine.sampler import make_sampler
 from serving.engine.sequence import StopText
-from serving.settings import embedded_bundles
 from tests.serving.conftest import wait_for
 
 
 @pytest.fixture(scope="module")
 def fp32() -> LoadedModel:
-    return LoadedModel.load(embedded_bundles()["tiny-scenes@fp32"])
+    return LoadedModel.load(BUNDLES["tiny-scenes@fp32"])
 
 
 def logits(**probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
