@@ -21,9 +21,10 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import build_decoder, save_graph, write_embeddings, write_vision
-from export.quantize import RECIPES, RecipePlan, quantize_decoder, quantize_vision
+from export.graphs import build_decoder, save_graph, write_embeddings
+from export.quantize import RECIPES, RecipePlan, quantize_decoder
 from export.verify import QualityGateFailed, draw_cases, verify
+from export.vision import quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
     Bundle,

@@ -1,7 +1,6 @@
 """A checkpoint's three ONNX graphs in float32, in the published layout.
 
-- Vision: optimum's exporter and its output validation, with a configuration of our own (optimum has none for this
-  family). It traces with TorchScript, whose graph is the plain one that ONNX Runtime's fusions and quantizer know.
+- Vision: `export.vision`.
 - Decoder: onnxruntime-genai's model builder. It writes GroupQueryAttention with rotary embedding inside, whose past and
   present may share one buffer; a traced graph would copy the whole cache at every token. Its classes are called
   directly: `create_model` wants the text model on disk a second time and loads tokenizers by Auto classes.
@@ -13,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -23,74 +20,13 @@ import onnx_ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime_genai.models.builders.llama import LlamaModel
-from optimum.exporters.onnx import OnnxConfig, export, validate_model_outputs
-from optimum.utils import DummyInputGenerator, NormalizedConfig
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from export.checkpoint import Checkpoint
 
 OPSET = 20  # the newest that the TorchScript exporter writes; LayerNormalization and Gelu are one node each
 EXTERNAL_DATA_BYTES = 1_800_000_000  # a protobuf file ends at 2 GiB
-VALIDATION_TOLERANCE = 1e-3
 LM_HEAD = "/lm_head/MatMul"
-
-
-class TileEncoder(nn.Module):
-    """Vision tower and connector: pixel_values [batch, n, 3, H, W] -> image_features [batch * n, S, hidden]."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.config = model.config.vision_config
-        self.vision, self.connector = model.model.vision_model, model.model.connector
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = self.vision.embeddings(pixel_values.flatten(0, 1))
-        # Called without the tower's own forward: that builds a mask, and in a full tile every patch sees every other.
-        hidden = self.vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
-        return {"image_features": self.connector(self.vision.post_layernorm(hidden))}
-
-
-class _TileInputs(DummyInputGenerator):  # type: ignore[misc]
-    """Random tiles to trace with: two pictures of two tiles, so that neither dimension is taken for a constant."""
-
-    SUPPORTED_INPUT_NAMES = ("pixel_values",)
-
-    def __init__(self, task: str, config: Any, **_: Any) -> None:
-        self.side_px, self.channels = config.image_size, config.num_channels
-
-    def generate(self, input_name: str, framework: str = "pt", **_: Any) -> Any:
-        pixels = np.random.default_rng(0).uniform(-1, 1, (2, 2, self.channels, self.side_px, self.side_px))
-        return torch.from_numpy(pixels).float() if framework == "pt" else pixels.astype(np.float32)
-
-
-class _VisionOnnxConfig(OnnxConfig):  # type: ignore[misc]
-    NORMALIZED_CONFIG_CLASS = NormalizedConfig
-    DUMMY_INPUT_GENERATOR_CLASSES = (_TileInputs,)
-    DEFAULT_ONNX_OPSET = OPSET
-    inputs: ClassVar = {"pixel_values": {0: "batch_size", 1: "num_images"}}
-    outputs: ClassVar = {"image_features": {0: "num_tiles"}}
-
-
-def write_vision(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the vision graph and check it against torch on random tiles (optimum raises where it differs)."""
-    encoder = TileEncoder(checkpoint.model)
-    config = _VisionOnnxConfig(checkpoint.model.config.vision_config)
-    with warnings.catch_warnings():
-        # TracerWarning: pixel_shuffle turns constant sizes into ints; DeprecationWarning: of the TorchScript exporter.
-        warnings.simplefilter("ignore")
-        export(encoder, config, path, opset=OPSET)
-    validate_model_outputs(config, encoder, path, ["image_features"], atol=VALIDATION_TOLERANCE, use_subprocess=False)
-    graph = onnx.load(path)
-    # The published layout has this input. Tiles are always full, so nothing reads it, and tracing would drop it.
-    mask_shape: list[str | int | None] = [
-        "batch_size",
-        "num_images",
-        checkpoint.processing.tile_px,
-        checkpoint.processing.tile_px,
-    ]
-    graph.graph.input.append(helper.make_tensor_value_info("pixel_attention_mask", TensorProto.BOOL, mask_shape))
-    save_graph(graph, path)
 
 
 def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:

@@ -2,26 +2,19 @@
 
 - Decoder: MatMulNBits by onnxruntime's own quantizer, weights in blocks, round to nearest, symmetric. accuracy_level 4
   multiplies in int8; left unset, it costs half the speed on a CPU.
-- Vision: dynamic int8 by optimum's ORTQuantizer, per channel, signed weights: they reach the AMX kernels, unsigned ones
-  do not.
+- Vision: dynamic int8, in `export.vision`.
 - Embeddings: int8 with a scale per row, in `export.graphs`.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import onnx
-from onnxruntime.quantization import QuantFormat, QuantizationMode, QuantType
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-from optimum.onnxruntime import ORTQuantizer, QuantizationConfig
-from transformers import PretrainedConfig
 
-from export.checkpoint import CheckpointError
 from models.bundle import GraphName, Recipe
 
 ACCURACY_LEVEL_INT8 = 4
@@ -109,35 +102,3 @@ def _block_size(rows: int, most: int) -> int:
     while rows % block and block > SMALLEST_BLOCK:
         block //= 2
     return block
-
-
-def quantize_vision(source: Path, target: Path, *, reduce_range: bool = True) -> None:
-    """Write `source` with its constant MatMul weights in int8.
-
-    reduce_range keeps weights to 7 bits. On processors without VNNI (AVX2, early AVX-512) the kernels add two u8 * s8
-    products in 16 bits, which saturates at full range: the same file then gives other features there than elsewhere.
-    Measured with AVX2 on tiny-scenes: lowest cosine of a feature 0.9998 with 7 bits, 0.9991 with 8.
-    """
-    graph = onnx.load(source, load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    products = [node for node in graph.node if node.op_type == "MatMul"]
-    # Attention multiplies two activations; quantizing those at run time measured slower than float.
-    excluded = [node.name for node in products if not constants & set(node.input)]
-    if any(not node.name for node in products):
-        raise CheckpointError("the vision graph has MatMul nodes without names")
-    config = QuantizationConfig(
-        is_static=False,
-        format=QuantFormat.QOperator,
-        mode=QuantizationMode.IntegerOps,
-        activations_dtype=QuantType.QUInt8,
-        weights_dtype=QuantType.QInt8,
-        weights_symmetric=True,
-        per_channel=True,
-        reduce_range=reduce_range,
-        nodes_to_exclude=excluded,
-        operators_to_quantize=["MatMul"],
-    )
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        # The configuration is only written beside the graph; without one, optimum looks for it and warns.
-        ORTQuantizer(source, config=PretrainedConfig()).quantize(config, folder, file_suffix=None)
-        Path(folder, source.name).replace(target)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.enable_socket, pytest.mark.timeout(300)]
 
@@ -126,7 +127,7 @@ def test_everything_works_from_the_keyboard_alone(open_page: OpenPage) -> None:
 
     tab_to(".sample")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.id === 'question'")
+    expect(page.locator("#question")).to_be_focused()
     page.keyboard.press("Shift+Enter")
     assert "\n" in page.locator("#question").input_value()
     page.keyboard.press("Backspace")
@@ -162,7 +163,7 @@ def test_files_that_cannot_be_sent_are_refused_with_the_reason(open_page: OpenPa
             }""",
             [name, mime, content, zeros],
         )
-        page.wait_for_function("name => document.getElementById('message').textContent.startsWith(name)", arg=name)
+        expect(page.locator("#message")).to_have_text(re.compile("^" + re.escape(name)))
         assert not page.locator("#preview").is_visible()
         text: str = page.get_by_role("alert").inner_text()
         return text
@@ -203,7 +204,7 @@ def test_a_picture_can_be_dropped_and_pasted(open_page: OpenPage, way: str) -> N
         way,
     )
     page.get_by_alt_text("Chosen picture: own.png").wait_for()
-    page.wait_for_function("document.getElementById('preview').naturalWidth === 320")
+    expect(page.locator("#preview")).to_have_js_property("naturalWidth", 320)
     assert page.locator("#question").input_value() == "", "the sample's question is not about this picture"
     assert page.locator(".sample[aria-pressed=true]").count() == 0
     page.locator("#question").fill("Describe the image.")
@@ -233,7 +234,7 @@ def test_all_text_is_legible_in_light_and_dark(open_page: OpenPage) -> None:
         choose_sample(page)
         page.locator("#ask").click()
         wait_for_verdict(page)
-        page.wait_for_function("document.getElementById('ask').getAttribute('aria-disabled') === 'false'")
+        expect(page.locator("#ask")).to_have_attribute("aria-disabled", "false")
         page.mouse.move(0, 0)
         ratio, text = page.evaluate(LOWEST_CONTRAST)
         assert ratio >= 4.5, f"{scheme}: {text}"
