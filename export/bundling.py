@@ -23,7 +23,7 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import build_decoder, save_graph, write_embeddings
 from export.quantize import RECIPES, RecipePlan, quantize_decoder
-from export.verify import QualityGateFailed, draw_cases, verify
+from export.verify import draw_cases, verify
 from export.vision import quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
@@ -39,6 +39,7 @@ from models.bundle import (
 )
 from models.errors import BadRequest
 from models.onnx_model import OnnxModel
+from models.quality import QualityGateFailed
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",

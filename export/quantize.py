@@ -16,17 +16,10 @@ import onnx
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from models.bundle import GraphName, Recipe
+from models.quality import GATES, Gate
 
 ACCURACY_LEVEL_INT8 = 4
 SMALLEST_BLOCK = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What a bundle must reach to be written. None: not asked of this recipe."""
-
-    max_mean_kl: float | None = None
-    max_logit_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +52,11 @@ class RecipePlan:
 
 RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
     {
-        "fp32": RecipePlan(suffix="", gate=Gate(max_logit_error=1e-3), int8_vision_and_embeddings=False),
-        "int8": RecipePlan(suffix="_int8", gate=Gate(max_mean_kl=0.02), decoder_bits=8),
+        "fp32": RecipePlan(suffix="", gate=GATES["fp32"], int8_vision_and_embeddings=False),
+        "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoder_bits=8),
         "int4": RecipePlan(
             suffix="_q4",
-            gate=Gate(max_mean_kl=0.20),
+            gate=GATES["int4"],
             decoder_bits=4,
             decoder_block=32,
             eight_bit_ladder=((), ("lm_head", "down_proj"), ("lm_head", "down_proj", "attn")),

@@ -4,75 +4,25 @@ that torch gives greedily. The graphs run through the runtime that will serve th
 
 from __future__ import annotations
 
-import math
 import random
 import sys
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm, trange
 
 from export.checkpoint import Checkpoint
-from export.quantize import Gate
 from models.errors import NearfarError
 from models.images import Detail, ImageProcessing, tile_image
 from models.onnx_model import OnnxModel
+from models.quality import Case, Differences, Floats, Gate, check, compare, summary
 from models.request import ImagePart, Message, Part, TextPart
 from models.tiny_scenes import scenes
-
-Floats = npt.NDArray[np.float32]
 
 SEED = 20261121
 CASES = 24
 ANSWER_TOKENS = 24
-# Random weights spread their answers evenly: the mean entropy is log(vocabulary) but for a few percent. Trained weights
-# stay far below.
-RANDOM_ENTROPY_SHARE = 0.9
-
-
-class QualityGateFailed(NearfarError):
-    """The exported graphs differ from torch by more than the recipe allows."""
-
-    type = "quality_gate_failed"
-
-
-class Case(NamedTuple):
-    """One prompt, its tiles, and what torch makes of them."""
-
-    ids: list[int]
-    pixels: Floats  # [tile, 3, height, width]
-    features: Floats  # [tile, image token, hidden], of torch
-    answer: list[int]  # greedy, the stop token included
-    logits: Floats  # [answer token, vocabulary], of torch
-
-
-@dataclass
-class Differences:
-    """What was seen, position by position and image token by image token."""
-
-    kl: list[float] = field(default_factory=list)
-    entropy: list[float] = field(default_factory=list)
-    logit_error: list[float] = field(default_factory=list)
-    same_top: list[bool] = field(default_factory=list)
-    cosine: list[float] = field(default_factory=list)
-    prompts: int = 0
-
-    def add_logits(self, reference: Floats, exported: Floats) -> None:
-        """Both [vocabulary]."""
-        expected, got = _log_softmax(reference), _log_softmax(exported)
-        share = np.exp(expected)
-        self.kl.append(float((share * (expected - got)).sum()))
-        self.entropy.append(float(-(share * expected).sum()))
-        self.logit_error.append(float(np.abs(reference - exported).max()))
-        self.same_top.append(bool(reference.argmax() == exported.argmax()))
-
-    def add_features(self, reference: Floats, exported: Floats) -> None:
-        """Both [tile, image token, hidden]."""
-        norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(exported, axis=-1)
-        self.cosine.extend(((reference * exported).sum(-1) / np.maximum(norms, 1e-12)).ravel().tolist())
 
 
 def verify(cases: list[Case], model: OnnxModel, gate: Gate, *, show_progress: bool = True) -> dict[str, Any]:
@@ -80,7 +30,7 @@ def verify(cases: list[Case], model: OnnxModel, gate: Gate, *, show_progress: bo
     found = Differences()
     for case in tqdm(cases, desc="verify", unit="prompt", file=sys.stderr, disable=not show_progress):
         compare(case, model, found)
-    quality = summary(found, model.shapes.vocab_size)
+    quality = summary(found, model.shapes.vocab_size, reference="torch", inputs="drawn scenes")
     check(quality, gate)
     return quality
 
@@ -126,51 +76,3 @@ def reference(checkpoint: Checkpoint, ids: list[int], pixels: Floats, tokens: in
         answer=generated.sequences[0, len(ids) :].tolist(),
         logits=torch.cat(generated.logits).float().numpy(),
     )
-
-
-def compare(case: Case, model: OnnxModel, found: Differences) -> None:
-    """Feed the prompt and then torch's answer, token by token, and note how features and logits differ."""
-    features = model.encode_tiles(case.pixels)
-    found.add_features(case.features, features)
-    cache = model.new_cache(len(case.ids) + len(case.answer))
-    embeds = model.embed(case.ids, features)
-    for token, expected in zip(case.answer, case.logits, strict=True):
-        found.add_logits(expected, model.decode(embeds, cache))
-        embeds = model.embed([token])
-    found.prompts += 1
-
-
-def summary(found: Differences, vocabulary: int) -> dict[str, Any]:
-    """The manifest's `quality`: figures and, beside them, what each one is."""
-    entropy_share = float(np.mean(found.entropy)) / float(np.log(vocabulary))
-    untrained = entropy_share >= RANDOM_ENTROPY_SHARE
-    return {
-        "inputs": f"{found.prompts} prompts about drawn scenes, torch's greedy answers, {len(found.kl)} positions",
-        "mean_kl": None if untrained else float(np.mean(found.kl)),
-        "mean_kl_is": "mean over positions of KL(torch || exported) in nats, through vision, embeddings and decoder",
-        "kl_meaningful": not untrained,
-        "entropy_share": entropy_share,
-        "entropy_share_is": "torch's mean entropy over log(vocabulary); from "
-        f"{RANDOM_ENTROPY_SHARE} on the weights count as random, and KL and top-1 say nothing",
-        "top1_agreement": float(np.mean(found.same_top)),
-        "max_logit_error": float(np.max(found.logit_error)),
-        "vision_cosine_mean": float(np.mean(found.cosine)),
-        "vision_cosine_min": float(np.min(found.cosine)),
-    }
-
-
-def check(quality: dict[str, Any], gate: Gate) -> None:
-    """Raises QualityGateFailed, which names the figure and its bound. Logits that are no numbers fail every gate."""
-    if not math.isfinite(quality["max_logit_error"]):
-        raise QualityGateFailed("the graphs give logits that are infinite or no numbers")
-    for name, bound, unit in (("mean_kl", gate.max_mean_kl, "nats"), ("max_logit_error", gate.max_logit_error, "")):
-        figure = quality[name]
-        if bound is not None and figure is not None and not figure <= bound:
-            raise QualityGateFailed(f"{name} is {figure:.4g} {unit}".rstrip() + f", at most {bound:g} is allowed")
-
-
-def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max()
-    shifted: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum())
-    return shifted

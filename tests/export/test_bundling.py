@@ -15,10 +15,10 @@ import pytest
 from export import bundling, graphs
 from export.bundling import export_bundle
 from export.quantize import RECIPES
-from export.verify import QualityGateFailed
 from models.bundle import Bundle
 from models.errors import BadRequest
 from models.onnx_model import OnnxModel
+from models.quality import QualityGateFailed
 
 SIZE_BOUNDS = {"fp32": 18_000_000, "int8": 12_000_000, "int4": 12_000_000}
 

@@ -11,10 +11,11 @@ import pytest
 
 from export.bundling import export_bundle
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.verify import Case, reference
+from export.verify import reference
 from models.bundle import Bundle
 from models.images import Detail, tile_image
 from models.onnx_model import OnnxModel
+from models.quality import Case
 from models.request import ImagePart, Message, TextPart
 from models.tiny_scenes import scenes
 

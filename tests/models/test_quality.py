@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.quantize import Gate
-from export.verify import Differences, QualityGateFailed, check, summary
+from models.quality import Differences, Gate, QualityGateFailed, check, summary
 
 
 def quality(**changed: Any) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def test_even_answers_count_as_random_weights() -> None:
         found = Differences(prompts=1, cosine=[1.0])
         logits = np.random.default_rng(0).normal(size=552).astype(np.float32) * np.float32(spread)
         found.add_logits(logits, logits)
-        figures = summary(found, 552)
+        figures = summary(found, 552, reference="torch", inputs="coins")
         assert figures["kl_meaningful"] is meaningful
         assert (figures["mean_kl"] is not None) is meaningful
 
