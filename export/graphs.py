@@ -1,5 +1,8 @@
 """A checkpoint's three ONNX graphs in float32, in the published layout.
 
+Weights are lazy tensors over the checkpoint's own: each is cast and transposed when it is written, one at a time, so a
+graph costs no second copy of the model.
+
 - Vision: `export.vision`.
 - Decoder: onnxruntime-genai's model builder. It writes GroupQueryAttention with rotary embedding inside, whose past and
   present may share one buffer; a traced graph would copy the whole cache at every token. Its classes are called
@@ -12,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from onnxruntime_genai.models.builders.llama import LlamaModel
 from transformers import AutoModelForCausalLM
 
@@ -31,33 +34,31 @@ LM_HEAD = "/lm_head/MatMul"
 
 def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:
     """Write input_ids [batch, position] -> inputs_embeds [batch, position, hidden]; in int8 with one scale per row."""
-    table = checkpoint.model.get_input_embeddings().weight.detach().numpy()
-    shape: list[str | int | None] = ["batch_size", "sequence_length"]
+    table = checkpoint.model.get_input_embeddings().weight.detach()
+    positions = ("batch_size", "sequence_length")
+    input_ids = ir.val("input_ids", ir.DataType.INT64, positions)
     if int8:
-        scale = np.maximum(np.abs(table).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
-        rows = np.round(table / scale).astype(np.int8)
-        weights = {"embed_tokens.weight": rows, "embed_tokens.scale": scale.astype(np.float32)}
-        nodes = [
-            helper.make_node("Gather", ["embed_tokens.weight", "input_ids"], ["rows"]),
-            helper.make_node("Gather", ["embed_tokens.scale", "input_ids"], ["scales"]),
-            helper.make_node("Cast", ["rows"], ["levels"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", ["levels", "scales"], ["inputs_embeds"]),
-        ]
+        wide = table.float()
+        scale = (wide.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        rows = _constant("embed_tokens.weight", torch.round(wide / scale).to(torch.int8))
+        scales = _constant("embed_tokens.scale", scale)
+        nodes = [ir.node("Gather", [rows, input_ids]), ir.node("Gather", [scales, input_ids])]
+        nodes.append(ir.node("Cast", [nodes[0].outputs[0]], {"to": ir.DataType.FLOAT}))
+        nodes.append(ir.node("Mul", [nodes[2].outputs[0], nodes[1].outputs[0]]))
+        constants = [rows, scales]
     else:
-        weights = {"embed_tokens.weight": table}
-        nodes = [helper.make_node("Gather", ["embed_tokens.weight", "input_ids"], ["inputs_embeds"])]
-    graph = helper.make_graph(
-        nodes,
-        "embed_tokens",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)],
-        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [*shape, table.shape[1]])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        constants = [_constant("embed_tokens.weight", table, ir.DataType.FLOAT)]
+        nodes = [ir.node("Gather", [constants[0], input_ids])]
+    embeds = nodes[-1].outputs[0]
+    embeds.name, embeds.type = "inputs_embeds", ir.TensorType(ir.DataType.FLOAT)
+    embeds.shape = ir.Shape([*positions, table.shape[1]])
+    graph = ir.Graph(
+        [input_ids], [embeds], nodes=nodes, initializers=constants, opset_imports={"": OPSET}, name="embed_tokens"
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
-    save_graph(model, path)
+    save_graph(ir.Model(graph, ir_version=10), path)
 
 
-def build_decoder(checkpoint: Checkpoint) -> onnx.ModelProto:
+def build_decoder(checkpoint: Checkpoint) -> ir.Model:
     """The fused decoder: inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*."""
     model = checkpoint.model
     config = model.config.text_config
@@ -67,66 +68,87 @@ def build_decoder(checkpoint: Checkpoint) -> onnx.ModelProto:
     causal.model, causal.lm_head = model.model.text_model, model.lm_head
     options = {"exclude_embeds": True, "hf_token": "false", "hf_remote": False}
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        float32 = onnx_ir.DataType.FLOAT
-        builder = LlamaModel(config, float32, float32, "cpu", cache, options)
+        builder = _Builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", cache, options)
         builder.window_size = -1  # its sign for none; smollm3's configuration says None
         builder.load_weights = lambda _path: causal
         # The builder takes any Linear with as many outputs as the vocabulary has entries for the head.
         builder.has_lm_head = lambda module: module is causal.lm_head
         builder.make_model("")
-        builder.model.graph.sort()
-        decoder: onnx.ModelProto = onnx_ir.to_proto(builder.model)
+    decoder: ir.Model = builder.model
+    decoder.graph.sort()
     _leave_unrotated(decoder, [layer for layer, rope in enumerate(getattr(config, "no_rope_layers", [])) if not rope])
     keep_last_logits(decoder)
     return decoder
 
 
-def _leave_unrotated(decoder: onnx.ModelProto, layers: list[int]) -> None:
+class _Builder(LlamaModel):  # type: ignore[misc]
+    """The model builder with weights that are cast when they are read: its own keep every cast weight in memory."""
+
+    def make_initializer(self, tensor: torch.Tensor, /, name: str, to: ir.DataType | None = None) -> None:
+        if to is None:
+            super().make_initializer(tensor, name)
+            return
+        value = self.make_value(name, to, tensor.shape)
+        value.const_value = _lazy(name, tensor, to)
+        self.model.graph.register_initializer(value)
+
+
+def _lazy(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> ir.LazyTensor:
+    wanted = to_torch_dtype(dtype)
+    return ir.LazyTensor(lambda: TorchTensor(tensor.to(wanted)), dtype, ir.Shape(tensor.shape), name=name)
+
+
+def _constant(name: str, tensor: torch.Tensor, dtype: ir.DataType | None = None) -> ir.Value:
+    """An initializer, cast to `dtype` when it is read."""
+    lazy = TorchTensor(tensor, name) if dtype is None else _lazy(name, tensor, dtype)
+    return ir.Value(name=name, type=ir.TensorType(lazy.dtype), shape=ir.Shape(tensor.shape), const_value=lazy)
+
+
+def _leave_unrotated(decoder: ir.Model, layers: Sequence[int]) -> None:
     """Take the rotary embedding out of those layers' attention: smollm3 has none in every fourth.
 
     The builder's own class for smollm3 (0.14.1) puts a separate RotaryEmbedding there instead.
     """
     names = [f"/model/layers.{layer}/attn/GroupQueryAttention" for layer in layers]
-    for node in decoder.graph.node:
+    for node in decoder.graph:
         if node.name in names:
-            node.input[7] = node.input[8] = ""  # cosines and sines
-            next(attribute for attribute in node.attribute if attribute.name == "do_rotary").i = 0
+            node.replace_input_with(7, None)  # cosines
+            node.replace_input_with(8, None)  # sines
+            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
 
 
-def keep_last_logits(decoder: onnx.ModelProto) -> None:
+def keep_last_logits(decoder: ir.Model) -> None:
     """Add the scalar input `num_logits_to_keep`: logits of the last that many positions, 0 for all.
 
     A prompt step needs the last position's alone, and computes vocabulary x hidden products for each one more.
     """
     graph = decoder.graph
-    head = next(node for node in graph.node if node.name == LM_HEAD)
-    first_last_axis = {"first": [-1], "end": [np.iinfo(np.int64).max], "axis": [1]}
-    for name, values in first_last_axis.items():
-        graph.initializer.append(numpy_helper.from_array(np.array(values, dtype=np.int64), f"keep/{name}"))
+    head = next(node for node in graph if node.name == LM_HEAD)
+    keep = ir.val("num_logits_to_keep", ir.DataType.INT64, [])
+    first, last, axis = (
+        ir.val(f"keep/{name}", const_value=ir.tensor(np.array([value], dtype=np.int64), name=f"keep/{name}"))
+        for name, value in (("first", -1), ("end", np.iinfo(np.int64).max), ("axis", 1))
+    )
+    for constant in (first, last, axis):
+        graph.register_initializer(constant)
     # hidden[:, -n:], and for n = 0 hidden[:, 0:], which is everything
-    nodes = [
-        helper.make_node("Mul", ["num_logits_to_keep", "keep/first"], ["keep/start"], name="/keep/Mul"),
-        helper.make_node(
-            "Slice", [head.input[0], "keep/start", "keep/end", "keep/axis"], ["keep/hidden"], name="/keep/Slice"
-        ),
-    ]
-    head.input[0] = "keep/hidden"
-    place = list(graph.node).index(head)
-    for offset, node in enumerate(nodes):
-        graph.node.insert(place + offset, node)
-    graph.input.append(helper.make_tensor_value_info("num_logits_to_keep", TensorProto.INT64, []))
-    logits = next(output for output in graph.output if output.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "num_logits"
-    del graph.value_info[:]  # the builder's shapes behind the slice no longer hold
+    start = ir.node("Mul", [keep, first], name="/keep/Mul")
+    hidden = ir.node("Slice", [head.inputs[0], start.outputs[0], last, axis], name="/keep/Slice")
+    graph.insert_before(head, [start, hidden])
+    head.replace_input_with(0, hidden.outputs[0])
+    graph.inputs.append(keep)
+    for logits in {head.outputs[0].name: head.outputs[0], "logits": graph.outputs[0]}.values():  # one, or one cast
+        if logits.shape is not None:
+            logits.shape = ir.Shape(["batch_size", "num_logits", logits.shape[2]])
 
 
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Save as one file, or with its weights in `<file>_data` where one file would pass protobuf's 2 GiB."""
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Save as one file, or with its weights streamed into `<file>_data` where one file would pass protobuf's 2 GiB."""
     data = path.with_name(path.name + "_data")
     for old in (path, data):
         old.unlink(missing_ok=True)
-    weights_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if weights_bytes < EXTERNAL_DATA_BYTES:
-        onnx.save(model, path)
+    weights = (value.const_value for value in model.graph.initializers.values())
+    if sum(tensor.nbytes for tensor in weights if tensor is not None) < EXTERNAL_DATA_BYTES:
+        ir.save(model, path)
     else:
-        onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+        ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import onnx
+import onnx_ir
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from models.bundle import GraphName, Recipe
@@ -65,12 +66,11 @@ RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
 )
 
 
-def quantize_decoder(
-    decoder: onnx.ModelProto, plan: RecipePlan, eight_bit_parts: tuple[str, ...] = ()
-) -> onnx.ModelProto:
-    """The decoder, changed in place, with its constant matrices as the plan says."""
+def quantize_decoder(model: onnx_ir.Model, plan: RecipePlan, eight_bit_parts: tuple[str, ...] = ()) -> onnx_ir.Model:
+    """The decoder with its constant matrices as the plan says."""
     if plan.decoder_bits is None:
-        return decoder
+        return model
+    decoder: onnx.ModelProto = onnx_ir.to_proto(model)
     rows_of = {tensor.name: tensor.dims[0] for tensor in decoder.graph.initializer}
     choices: dict[str, tuple[int, int]] = {}  # of each node: bits and block size
     for node in decoder.graph.node:
@@ -86,7 +86,8 @@ def quantize_decoder(
         quantizer = MatMulNBitsQuantizer(decoder, bits=bits, nodes_to_exclude=others, algo_config=config)
         quantizer.process()
         decoder = quantizer.model.model
-    return decoder
+    quantized: onnx_ir.Model = onnx_ir.from_proto(decoder)
+    return quantized
 
 
 def _block_size(rows: int, most: int) -> int:

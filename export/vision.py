@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantFormat, QuantizationMode, QuantType
@@ -82,7 +83,7 @@ def write_vision(checkpoint: Checkpoint, path: Path) -> None:
         checkpoint.processing.tile_px,
     ]
     graph.graph.input.append(helper.make_tensor_value_info("pixel_attention_mask", TensorProto.BOOL, mask_shape))
-    save_graph(graph, path)
+    save_graph(onnx_ir.from_proto(graph), path)
 
 
 def quantize_vision(source: Path, target: Path, *, reduce_range: bool = True) -> None:

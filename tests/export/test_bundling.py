@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime as ort
 import pytest
 
@@ -117,8 +118,8 @@ def test_a_broken_graph_leaves_nothing_behind(
 ) -> None:
     def broken(checkpoint: Any) -> Any:
         decoder = graphs.build_decoder(checkpoint)
-        scale = next(weight for weight in decoder.graph.initializer if "final_norm" in weight.name)
-        scale.raw_data = (-np.frombuffer(scale.raw_data, np.float32)).tobytes()  # every logit changes its sign
+        scale = next(value for name, value in decoder.graph.initializers.items() if "final_norm" in name)
+        scale.const_value = onnx_ir.tensor(-scale.const_value.numpy(), name=scale.name)  # every logit changes its sign
         return decoder
 
     monkeypatch.setattr(bundling, "build_decoder", broken)
