@@ -13,10 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,13 +27,12 @@ from export.verify import draw_cases, verify
 from export.vision import quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
+    REQUIRED_GRAPHS,
     Bundle,
     FileEntry,
     GraphEntry,
     GraphName,
     Manifest,
-    Processing,
-    Recipe,
     Source,
     sha256_of,
 )
@@ -68,9 +67,8 @@ def export_bundle(
     CheckpointError for a folder that cannot be exported, QualityGateFailed where the graphs differ too much from torch;
     `out` is then as it was before.
     """
-    chosen = next((known for known in get_args(Recipe) if known == recipe), None)
-    if chosen is None:
-        raise BadRequest(f"recipe must be one of {', '.join(get_args(Recipe))}, got {recipe!r}", param="recipe")
+    if recipe not in RECIPES:
+        raise BadRequest(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}", param="recipe")
     source, out = source.resolve(), out.resolve()
     name = name or source.name
     if not NAME.fullmatch(name):
@@ -78,18 +76,18 @@ def export_bundle(
     if auto_tile_px is not None and auto_tile_px < 1:
         raise BadRequest(f"auto_tile_px must be at least 1, got {auto_tile_px}", param="auto_tile_px")
     _check_target(source, out, overwrite)
-    checkpoint, plan = load_checkpoint(source), RECIPES[chosen]
-    processing = asdict(checkpoint.processing) | ({"auto_tile_px": auto_tile_px} if auto_tile_px else {})
+    checkpoint, plan = load_checkpoint(source), RECIPES[recipe]
+    processing = replace(checkpoint.processing, auto_tile_px=auto_tile_px or checkpoint.processing.auto_tile_px)
     with _folder_beside(out) as folder:
         _write_texts(checkpoint, folder)
         _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
         draft = Manifest(
             format=1,
             name=name,
-            recipe=chosen,
+            recipe=recipe,
             source=Source(name=source.name, sha256=checkpoint.weights_sha256, license=license),
             shapes=checkpoint.shapes,
-            processing=Processing(**processing),
+            processing=processing,
             graphs={},
             files={},
             quality={},
@@ -173,7 +171,7 @@ def _write_decoder(
 
     Raises the last rung's QualityGateFailed where none passes.
     """
-    cases = draw_cases(checkpoint, draft.processing.settings(), show_progress=show_progress)
+    cases = draw_cases(checkpoint, draft.processing, show_progress=show_progress)
     for eight_bit_parts in plan.eight_bit_ladder:
         decoder = quantize_decoder(build_decoder(checkpoint), plan, eight_bit_parts)
         save_graph(decoder, folder / "onnx" / _graph_file("decoder_model_merged", plan))
@@ -181,7 +179,7 @@ def _write_decoder(
         weights = plan.weights(eight_bit_parts)
         graphs = {
             graph: GraphEntry(file=f"onnx/{_graph_file(graph, plan)}", weights=weights[graph])
-            for graph in get_args(GraphName)
+            for graph in REQUIRED_GRAPHS
         }
         measured = draft.model_copy(update={"graphs": graphs})
         try:

@@ -1,4 +1,4 @@
-"""The manifest of an exported model, and a folder checked against it.
+"""The manifest of an exported or adopted model, and a folder checked against it.
 
 A bundle is a folder with `manifest.json`, `tokenizer.json`, `tokenizer_config.json`, `config.json` and `onnx/` in the
 published three-graph layout. Loading checks format, every file's size and sha256, and that no file, external tensor
@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from models.errors import BundleError
 from models.images import ImageProcessing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-GraphName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged"]
-Recipe = Literal["fp32", "int8", "int4"]
+# `decoder_prompt` is there where a recipe runs the prompt step in a graph of its own, over the same cache.
+GraphName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_prompt"]
+REQUIRED_GRAPHS: tuple[GraphName, ...] = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+# An exported tier (fp32, int8-fast), or the suffix of published files (q4f16, quantized).
+Recipe = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([-_.][a-z0-9]+)*$", max_length=40)]
+CacheKind = Literal["shared", "growing"]
 
 
 class _Frozen(BaseModel):
@@ -50,24 +54,12 @@ class Shapes(_Frozen):
     parameters: int
 
 
-class Processing(_Frozen):
-    """The image processor's settings; `auto_tile_px` belongs to `detail: auto`."""
-
-    longest_edge: int
-    tile_px: int
-    auto_tile_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def settings(self) -> ImageProcessing:
-        return ImageProcessing(**self.model_dump())
-
-
 class GraphEntry(_Frozen):
-    """One ONNX file and, in words, how its weights are stored."""
+    """One ONNX file and, in words, how its weights are stored and what was changed in a published file."""
 
     file: str
     weights: str
+    edit: str | None = None
 
 
 class FileEntry(_Frozen):
@@ -75,20 +67,34 @@ class FileEntry(_Frozen):
     sha256: str
 
 
+class ExportFigures(_Frozen):
+    """What making the bundle took."""
+
+    seconds: float
+    peak_bytes: int
+
+
 class Manifest(_Frozen):
-    """`manifest.json`. `quality` holds what the export measured against torch, with the text of each measure."""
+    """`manifest.json`. `quality` holds what the export measured against torch, with the text of each measure.
+
+    `cache`: past and present of the decoder share one buffer, or each step hands out a longer copy. `replay` names the
+    file with a stored input and what the graphs are to make of it.
+    """
 
     format: Literal[1]
     name: str
     recipe: Recipe
     source: Source
     shapes: Shapes
-    processing: Processing
+    processing: ImageProcessing
     graphs: dict[GraphName, GraphEntry]
     files: dict[str, FileEntry]
     quality: dict[str, Any]
     made_with: dict[str, str]
     notice: str | None = None
+    cache: CacheKind = "shared"
+    replay: str | None = None
+    export: ExportFigures | None = None
 
 
 class Bundle:
@@ -123,9 +129,12 @@ class Bundle:
             name = file.relative_to(folder).as_posix()
             if file.is_file() and name not in manifest.files and name != MANIFEST:
                 raise BundleError(f"{folder}: {name} is not in the manifest")
-        for graph in manifest.graphs.values():
-            if graph.file not in manifest.files:
-                raise BundleError(f"{folder}: {graph.file} has no hash in the manifest")
+        missing = [name for name in REQUIRED_GRAPHS if name not in manifest.graphs]
+        if missing:
+            raise BundleError(f"{path}: graphs: {missing[0]} is missing")
+        for named in (*(graph.file for graph in manifest.graphs.values()), *filter(None, [manifest.replay])):
+            if named not in manifest.files:
+                raise BundleError(f"{folder}: {named} has no hash in the manifest")
         return cls(folder, manifest)
 
     @property

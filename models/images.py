@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
+from pydantic import ConfigDict
 
 from models.errors import BadRequest, InvalidValue, PayloadTooLarge, UnsupportedMedia
 
@@ -54,7 +55,9 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessing:
-    """A model's image settings, read from `preprocessor_config.json` and the manifest."""
+    """A model's image settings, read from `preprocessor_config.json` and the manifest; `auto_tile_px` is for `auto`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # as a field of the manifest
 
     longest_edge: int
     tile_px: int

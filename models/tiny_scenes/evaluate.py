@@ -75,7 +75,7 @@ def cases(per_row: int, rows: Collection[str] | None = None) -> Iterator[Case]:
 
 def answer(model: LoadedModel, case: Case) -> str:
     """The greedy answer's text, stripped."""
-    tiled = tile_image(case.scene.image, case.detail, model.bundle.manifest.processing.settings())
+    tiled = tile_image(case.scene.image, case.detail, model.bundle.manifest.processing)
     picture, text = ImagePart(data=b""), TextPart(text=case.question)
     message = Message(role="user", parts=(text, picture) if case.text_first else (picture, text))
     ids = model.renderer.ids([message], [tiled.grid])

@@ -45,7 +45,7 @@ def prepare(model: LoadedModel, request: AnswerRequest, clock: Callable[[], floa
     headers ask for. Pictures are decoded one after the other, so that one at a time is held in full size.
     """
     begun = clock()
-    onnx, processing = model.onnx, model.bundle.manifest.processing.settings()
+    onnx, processing = model.onnx, model.bundle.manifest.processing
     _check_context(model.renderer.ids(request.messages, [Grid(0, 0)] * len(request.images)), onnx)
     headers = [read_header(part.data) for part in request.images]
     grids = [choose_grid(header.width, header.height, request.detail, processing) for header in headers]

@@ -66,6 +66,32 @@ def test_an_unknown_format_is_refused(bundle: Path) -> None:
         Bundle.load(bundle)
 
 
+@pytest.mark.parametrize("recipe", ["fp32", "int8-fast", "q4f16", "quantized", "int8.b32_lm-head"])
+def test_a_recipe_has_any_plain_name(bundle: Path, recipe: str) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(recipe=recipe))
+    assert Bundle.load(bundle).target == f"local/tiny-scenes@{recipe}"
+
+
+@pytest.mark.parametrize("recipe", ["", "INT8", "a/b", "a@b", "-q4", "q4 ", "q" * 41])
+def test_a_recipe_that_no_target_name_could_hold_is_refused(bundle: Path, recipe: str) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(recipe=recipe))
+    with pytest.raises(BundleError, match=r"manifest\.json: recipe"):
+        Bundle.load(bundle)
+
+
+def test_a_missing_graph_an_unknown_field_and_an_unhashed_replay_are_named(bundle: Path) -> None:
+    whole = (bundle / "manifest.json").read_text()
+    for change, reason in (
+        (lambda manifest: manifest["graphs"].pop("embed_tokens"), "embed_tokens is missing"),
+        (lambda manifest: manifest["processing"].update(tile=1), r"processing\.tile"),
+        (lambda manifest: manifest.update(replay="replay.npz"), r"replay\.npz has no hash"),
+    ):
+        (bundle / "manifest.json").write_text(whole)
+        edit_manifest(bundle, change)
+        with pytest.raises(BundleError, match=reason):
+            Bundle.load(bundle)
+
+
 def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.json"
     shutil.move(bundle / "tokenizer.json", outside)

@@ -62,14 +62,14 @@ def greedy(model: OnnxModel, case: Case) -> list[int]:
 
 
 def test_greedy_answers_equal_transformers_on_held_out_scenes(checkpoint: Checkpoint, model: OnnxModel) -> None:
-    processing = model.bundle.manifest.processing.settings()
+    processing = model.bundle.manifest.processing
     for number in range(SCENES):
         expected = case(checkpoint, processing, number)
         assert greedy(model, expected) == expected.answer, f"scene {number}"
 
 
 def test_cached_logits_equal_uncached(checkpoint: Checkpoint, model: OnnxModel) -> None:
-    expected = case(checkpoint, model.bundle.manifest.processing.settings(), 9)
+    expected = case(checkpoint, model.bundle.manifest.processing, 9)
     ids = [*expected.ids, *expected.answer]
     embeds = model.embed(ids, model.encode_tiles(expected.pixels))
     cache = model.new_cache(len(ids))
@@ -82,7 +82,7 @@ def test_cached_logits_equal_uncached(checkpoint: Checkpoint, model: OnnxModel) 
 
 
 def test_a_prompt_in_chunks_gives_the_same_logits(checkpoint: Checkpoint, model: OnnxModel) -> None:
-    expected = case(checkpoint, model.bundle.manifest.processing.settings(), 0)
+    expected = case(checkpoint, model.bundle.manifest.processing, 0)
     embeds = model.embed(expected.ids, model.encode_tiles(expected.pixels))
     cache = model.new_cache(len(expected.ids))
     for start in range(0, len(expected.ids), 11):
@@ -92,7 +92,7 @@ def test_a_prompt_in_chunks_gives_the_same_logits(checkpoint: Checkpoint, model:
 
 def test_no_logits_depend_on_what_the_buffer_held_before(checkpoint: Checkpoint, model: OnnxModel) -> None:
     """Positions behind the filled part are never read: a long buffer full of large numbers changes nothing."""
-    expected = case(checkpoint, model.bundle.manifest.processing.settings(), 1)
+    expected = case(checkpoint, model.bundle.manifest.processing, 1)
     embeds = model.embed(expected.ids, model.encode_tiles(expected.pixels))
     cache = model.new_cache(512)
     for pair in cache.buffers:
