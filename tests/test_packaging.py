@@ -86,7 +86,7 @@ def test_the_wheel_has_every_module_and_no_other_package(wheel: ZipFile) -> None
 
 def test_the_wheel_has_bundles_samples_and_page(wheel: ZipFile) -> None:
     names = set(wheel.namelist())
-    for folder in ("models/tiny_scenes/bundles", "models/tiny_scenes/samples", "serving/page"):
+    for folder in ("models/tiny_scenes/bundles", "models/tiny_scenes/samples", "models/specimens", "serving/page"):
         files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert files, f"{folder} is empty"
         assert files <= names

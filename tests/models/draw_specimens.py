@@ -1,7 +1,7 @@
 """Makes the pictures of models/specimens: six photographs, brought to size, and four that are drawn here.
 
-    pip download --no-deps scikit-image==0.26.0 && unzip scikit_image-0.26.0-*.whl 'skimage/data/*'
-    python tests/models/draw_specimens.py skimage/data
+pip download --no-deps scikit-image==0.26.0 && unzip scikit_image-0.26.0-*.whl 'skimage/data/*'
+python tests/models/draw_specimens.py skimage/data
 """
 
 from __future__ import annotations
