@@ -105,8 +105,8 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def load(cls, folder: Path) -> Bundle:
-        """Read the manifest and check every file. Raises BundleError that names what is wrong."""
+    def read(cls, folder: Path) -> Bundle:
+        """The manifest alone, its files unchecked: for listing, never for loading. Raises BundleError."""
         path = folder / MANIFEST
         if not path.is_file():
             raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}")
@@ -116,6 +116,13 @@ class Bundle:
             first = error.errors()[0]
             where = ".".join(str(step) for step in first["loc"])
             raise BundleError(f"{path}: {where}: {first['msg']}") from error
+        return cls(folder, manifest)
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Read the manifest and check every file. Raises BundleError that names what is wrong."""
+        bundle = cls.read(folder)
+        manifest = bundle.manifest
         root = folder.resolve()
         for name, entry in manifest.files.items():
             file = folder / name
@@ -131,11 +138,11 @@ class Bundle:
                 raise BundleError(f"{folder}: {name} is not in the manifest")
         missing = [name for name in REQUIRED_GRAPHS if name not in manifest.graphs]
         if missing:
-            raise BundleError(f"{path}: graphs: {missing[0]} is missing")
+            raise BundleError(f"{folder / MANIFEST}: graphs: {missing[0]} is missing")
         for named in (*(graph.file for graph in manifest.graphs.values()), *filter(None, [manifest.replay])):
             if named not in manifest.files:
                 raise BundleError(f"{folder}: {named} has no hash in the manifest")
-        return cls(folder, manifest)
+        return bundle
 
     @property
     def target(self) -> str:

@@ -19,13 +19,13 @@ from models.bundle import Bundle
 from models.errors import NearfarError, Unavailable
 from models.loaded_model import LoadedModel
 from models.request import AnswerRequest, GenerationSettings, question
-from models.tiny_scenes import BUNDLES
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
 from serving.api.security import Guard
 from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.hosted.openai_compatible import OpenAICompatible
 from serving.hosted.providers import PROVIDERS, available, parse_endpoint
+from serving.pull import aliases, local_bundles, model_folder
 from serving.settings import Settings
 from serving.targets import Target, Targets
 
@@ -53,14 +53,14 @@ class Services:
             load = functools.partial(
                 LoadedModel.load, threads=self.settings.threads, provider=self.settings.execution_provider
             )
-            folders = model_folders(self.settings.models)
+            folders = model_folders(self.settings)
             self._models = [await asyncio.to_thread(load, folder) for folder in folders]
             engine = LocalEngine(max_waiting=self.settings.max_waiting, max_running=self.settings.max_running)
             self._engine = engine
             local = self._local_targets(engine)
             for target in local:
                 await collect(target.answerer.stream(warm_up_request()))
-            self._targets = Targets([*local, *self._hosted_targets()])
+            self._targets = Targets([*local, *self._hosted_targets()], aliases(self.settings))
             self._reason = None
         except NearfarError as error:
             self._reason = error.message
@@ -131,14 +131,10 @@ def warm_up_request() -> AnswerRequest:
     return question("Hello", (stream.getvalue(),), settings=GenerationSettings(max_tokens=2, ignore_eos=True))
 
 
-def model_folders(names: tuple[str, ...]) -> list[Path]:
-    """Bundle folders for embedded names (`tiny-scenes`, `tiny-scenes@fp32`) and paths; without names, all embedded."""
-    folders: list[Path] = []
-    for name in names:
-        short = name.removeprefix("local/")
-        matches = [folder for key, folder in BUNDLES.items() if short in (key, key.partition("@")[0])]
-        folders.extend(matches[:1] or [Path(name)])
-    return folders or list(BUNDLES.values())
+def model_folders(settings: Settings) -> list[Path]:
+    """Bundle folders of the named models; without names, of all on this machine. Raises NotFound."""
+    named = [model_folder(name, settings) for name in settings.models]
+    return named or [bundle.folder for bundle in local_bundles(settings)]
 
 
 def create_app(settings: Settings, environment: Mapping[str, str] | None = None) -> FastAPI:

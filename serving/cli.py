@@ -180,20 +180,24 @@ def compare(
 
 @app.command()
 def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
-    """List the models that can be served, with source, size and measured quality."""
-    from serving.api.schemas import model_object
+    """List the models on this machine, and the catalog: source, licence, size, memory, what is claimed of them."""
+    from serving.api.schemas import catalog_objects, model_object
     from serving.app import model_folders
-    from serving.tables import models_table
+    from serving.pull import local_bundles
+    from serving.tables import models_table, print_catalog
 
+    settings = settings_from(models=tuple(model or ()))
     try:
-        folders = model_folders(settings_from(models=tuple(model or ())).models)
-        rows = [model_object(Bundle.load(folder)) for folder in folders]
+        rows = [model_object(Bundle.read(folder)) for folder in model_folders(settings)]
     except NearfarError as error:
         fail(error.message)
+    catalog = catalog_objects(local_bundles(settings))
     if as_json:
-        print(json.dumps({"models": rows}, indent=2))
+        print(json.dumps({"models": rows, "catalog": catalog}, indent=2))
     else:
-        models_table(rows, Console())
+        console = Console()
+        models_table(rows, console)
+        print_catalog(catalog, console)
 
 
 @app.command()

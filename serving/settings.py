@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -14,6 +17,15 @@ from models.request import Policy
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
+def user_data_dir() -> Path:
+    """Where a program keeps its user's data: the XDG base directory, on macOS Application Support."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "nearfar"
+    named = os.environ.get("XDG_DATA_HOME", "")
+    # A relative path there is invalid and to be ignored, says the specification.
+    return (Path(named) if Path(named).is_absolute() else Path.home() / ".local" / "share") / "nearfar"
+
+
 class Settings(BaseSettings):
     """What `create_app` builds from. Lists are comma-separated in the environment."""
 
@@ -23,8 +35,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     policy: Policy = Field("local-only", description="the widest policy any request may have")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="names of embedded models or bundle folders; the first is the default"
+        (), description="model names or bundle folders; the first is the default"
     )
+    data_dir: Path = Field(default_factory=user_data_dir, description="fetched and exported models live in its models/")
+    smolvlm_3b: Path | None = Field(None, description="bundle folder that the name smolvlm-3b stands for")
     endpoints: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="OpenAI-compatible endpoints, each NAME=URL,MODEL; separated by semicolons in the environment"
     )

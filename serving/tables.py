@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,10 @@ def milliseconds(value: float | None) -> str:
 
 def megabytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 1e6:.1f} MB"
+
+
+def size(value: int) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def _dollars(value: float | None) -> str:
@@ -100,3 +105,38 @@ def models_table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
     for notice in dict.fromkeys(row["notice"] for row in rows if row["notice"]):
         console.print(notice, markup=False)
+
+
+def print_catalog(rows: list[dict[str, Any]], console: Console) -> None:
+    """The catalog, some lines a model. Sizes are computed from the shapes, claims are others' and not measured here."""
+    for row in rows:
+        console.print(f"\n[bold]{row['name']}[/bold]")
+        for line in _alias_lines(row) if "stands_for" in row else _model_lines(row):
+            console.print(Padding(plain_text(line), (0, 0, 0, 2)))
+
+
+def _alias_lines(row: dict[str, Any]) -> list[str]:
+    return [row["notice"], *_claim_lines(row)]
+
+
+def _model_lines(row: dict[str, Any]) -> list[str]:
+    sizes = [
+        f"{recipe} {size(each['file_bytes'])} ({size(each['memory_bytes'])})" for recipe, each in row["recipes"].items()
+    ]
+    there = [f"{each['recipe']} {each['revision'] or ''}".strip() for each in row["installed"]]
+    return [
+        f"{row['parameters'] / 1e6:.0f} M parameters, {row['license']}, {row['source'] or 'embedded'}",
+        f"files (memory), computed: {', '.join(sizes)}",
+        f"on this machine: {', '.join(there) or 'no'}",
+        *_claim_lines(row),
+        f"measured: {row['measured'] or 'nothing'}; {row['verification'] or 'verified in the tests'}",
+        *([row["notice"]] if row["notice"] else []),
+    ]
+
+
+def _claim_lines(row: dict[str, Any]) -> list[str]:
+    by_source: dict[str, list[str]] = {}
+    for claim in row["claims"]:
+        said = claim["measure"] if claim["figure"] is None else f"{claim['measure']} {claim['figure']:g}"
+        by_source.setdefault(claim["source"], []).append(said)
+    return [f"claimed: {', '.join(said)} ({source})" for source, said in by_source.items()]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from models.answerer import Answerer
+from models.catalog import ROWS
 from models.errors import BadRequest, Forbidden, InvalidValue, NotFound
-from models.request import Policy
+from models.events import AnswerEvent, Finished
+from models.request import AnswerRequest, Policy
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -47,10 +50,40 @@ def allows(policy: Policy, target: Target) -> bool:
     return policy != "local-only" or not target.leaves_device
 
 
+@dataclass(frozen=True)
+class _Noticed:
+    """An answerer whose answers carry one more notice."""
+
+    inner: Answerer
+    notice: str
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    async def stream(self, request: AnswerRequest) -> AsyncGenerator[AnswerEvent, None]:
+        async with aclosing(self.inner.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    event = replace(event, notice=" ".join(filter(None, (self.notice, event.notice))))
+                yield event
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def noticed(target: Target, notice: str) -> Target:
+    """The same target; whoever asks it by an alias is told what the alias stands for."""
+    text = " ".join(filter(None, (notice, target.notice)))
+    return replace(target, answerer=_Noticed(target.answerer, notice), notice=text)
+
+
 class Targets:
     """The targets of one service, the default first."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], aliases: Mapping[str, tuple[str, str]] | None = None) -> None:
+        """`aliases`: names beside the targets' own, each with what it stands for and a notice that says so."""
+        self._aliases = aliases or {}
         self._by_name = {target.name: target for target in targets}
         if len(self._by_name) < len(targets):
             names = [target.name for target in targets]
@@ -95,6 +128,12 @@ class Targets:
             short = target.name.removeprefix("local/")
             if name in (short, short.partition("@")[0], target.name.partition("@")[0]) and target.kind == "local":
                 return target
+        alias = name.removeprefix("local/")
+        if alias in self._aliases:
+            meant, notice = self._aliases[alias]
+            return noticed(self._find(meant), notice)
+        if alias.partition("@")[0] in ROWS:
+            raise NotFound(f"{alias} is not loaded here; nearfar pull {alias} fetches it", param="model")
         near = difflib.get_close_matches(name[:200], self._by_name, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "GET /targets lists them"
         raise NotFound(f"there is no target {name[:200]!r}; {hint}", param="model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +27,8 @@ for name in list(os.environ):
         or name.lower() in ("http_proxy", "https_proxy", "all_proxy")
     ):
         del os.environ[name]
+# Nor are a developer's own models served in tests.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="nearfar-tests-")
 
 PACKAGES = ("onnxruntime", "numpy", "pillow", "tokenizers", "torch", "transformers")
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from comparisons.results import ArmResult, Comparison
 from models.bundle import Bundle
+from models.catalog import ALIASES, EXPORTED_BYTES_PER_WEIGHT, NOT_VERIFIED, PUBLISHED, ROWS, Row
 from models.errors import NearfarError
 from models.events import Finished
 from models.images import Detail
@@ -130,6 +132,48 @@ def model_object(bundle: Bundle) -> dict[str, Any]:
         "source": manifest.source.model_dump(),
         "quality": manifest.quality,
         "notice": manifest.notice,
+    }
+
+
+def catalog_objects(installed: Iterable[Bundle]) -> list[dict[str, Any]]:
+    """The catalog in `GET /models`: a row a model, with what of it is on this machine, then the aliases."""
+    there: dict[str, list[dict[str, Any]]] = {}
+    for bundle in installed:
+        manifest = bundle.manifest
+        row = {"recipe": manifest.recipe, "bytes": bundle.model_bytes, "revision": manifest.source.revision}
+        there.setdefault(manifest.name, []).append(row)
+    return [_row_object(row, there.get(row.name, [])) for row in ROWS.values()] + [
+        {"name": name, "stands_for": alias.model, "recipe": alias.recipe, "notice": alias.notice,
+         "claims": [claim._asdict() for claim in alias.claims]}
+        for name, alias in ALIASES.items()
+    ]  # fmt: skip
+
+
+def _row_object(row: Row, installed: list[dict[str, Any]]) -> dict[str, Any]:
+    published = PUBLISHED if row.published_onnx else {}
+    return {
+        "name": row.name,
+        "source": row.hub_id,
+        "revision": row.revision,
+        "license": row.license,
+        "parameters": row.shape.parameters,
+        "image_tokens_per_tile": row.shape.image_tokens_per_tile,
+        "max_positions": row.shape.max_positions,
+        "recipes": {
+            recipe: {
+                "file_bytes": row.file_bytes(recipe),
+                "memory_bytes": row.memory_bytes(recipe),
+                "basis": "computed from the shapes: weights, and in memory one sequence's cache over the full context",
+                "published_files": {graph: choice._asdict() for graph, choice in published.get(recipe, {}).items()},
+            }
+            for recipe in EXPORTED_BYTES_PER_WEIGHT
+        },
+        "claims": [claim._asdict() for claim in row.claims],
+        "measured": row.measured,
+        "verified": None,
+        "verification": NOT_VERIFIED if row.hub_id else None,
+        "installed": installed,
+        "notice": row.notice,
     }
 
 

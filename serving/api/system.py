@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from models.errors import NotFound
 from models.tiny_scenes import SAMPLES
-from serving.api.schemas import model_object
+from serving.api.schemas import catalog_objects, model_object
 from serving.api.security import SECURITY_HEADERS, require_key
+from serving.pull import local_bundles
 from serving.targets import allows
 
 router = APIRouter()
@@ -63,8 +65,13 @@ async def targets(request: Request) -> dict[str, list[dict[str, Any]]]:
 
 @keyed.get("/models")
 async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """The bundles that are loaded."""
-    return {"models": [model_object(bundle) for bundle in request.app.state.services.bundles()]}
+    """The bundles that are loaded, and the catalog with what of it is on this machine."""
+    services = request.app.state.services
+    there = await asyncio.to_thread(local_bundles, services.settings)
+    return {
+        "models": [model_object(bundle) for bundle in services.bundles()],
+        "catalog": catalog_objects(there),
+    }
 
 
 @router.get("/")
