@@ -1,4 +1,4 @@
-"""Builds the service from its settings: models, engine, targets, routes. The one module that sees every part."""
+"""Builds the service from its settings, served or for one question. The one module that sees every part."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import functools
 import io
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from PIL import Image
 
+from comparisons.runner import Compared, CompareEvent
+from comparisons.runner import compare as run_comparison
 from models.answerer import collect
 from models.bundle import Bundle
 from models.errors import NearfarError, Unavailable
@@ -21,6 +26,7 @@ from models.loaded_model import LoadedModel
 from models.request import AnswerRequest, GenerationSettings, question
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
+from serving.api.schemas import answer_object, comparison_object
 from serving.api.security import Guard
 from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.hosted.openai_compatible import OpenAICompatible
@@ -166,3 +172,53 @@ def create_app(settings: Settings, environment: Mapping[str, str] | None = None)
         app.include_router(router)
     app.add_middleware(Guard, settings=settings)
     return app
+
+
+@asynccontextmanager
+async def loaded(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[Services]:
+    """Services with their models loaded; raises BundleError and its kin where one does not load."""
+    services = Services(settings, environment)
+    try:
+        await services.load()
+        services.targets()
+        yield services
+    finally:
+        await services.aclose()
+
+
+async def infer_once(
+    settings: Settings, environment: Mapping[str, str], request: AnswerRequest, model: str | None
+) -> dict[str, Any]:
+    """The object of `POST /infer`, without a server. `model` None is the default target."""
+    async with loaded(settings, environment) as services:
+        target = services.targets().choose(model, settings.policy)
+        text, finished = await collect(target.answerer.stream(request))
+        return answer_object(f"inf_{secrets.token_hex(8)}", text, finished)
+
+
+async def compare_once(
+    settings: Settings,
+    environment: Mapping[str, str],
+    request: AnswerRequest,
+    names: Sequence[str],
+    *,
+    reference: str | None,
+    on_event: Callable[[CompareEvent], None],
+) -> dict[str, Any]:
+    """The object of `POST /compare`, without a server; `on_event` sees each event as it comes."""
+    async with loaded(settings, environment) as services:
+        chosen = services.targets().choose_several(names, settings.policy)
+        events = run_comparison(
+            request,
+            [target.answerer for target in chosen],
+            reference=reference,
+            parallel=False,
+            rng=random.SystemRandom(),
+            comparison_id=f"cmp_{secrets.token_hex(8)}",
+        )
+        async with aclosing(events):
+            async for event in events:
+                on_event(event)
+                if isinstance(event, Compared):
+                    return comparison_object(event.comparison, f"req_{secrets.token_hex(8)}")
+    raise NearfarError("the comparison ended without a result")

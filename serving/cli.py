@@ -130,7 +130,7 @@ def infer(
     as_json: JsonFlag = False,
 ) -> None:
     """Answer one question about one picture, on this machine."""
-    from serving.once import infer_once
+    from serving.app import infer_once
 
     request = _request(image, prompt, task, detail, max_tokens, temperature, seed)
     bundle = model is not None and Path(model).is_dir()  # loaded in place of the embedded models
@@ -156,7 +156,7 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Ask several targets the same and show how answers and figures differ."""
-    from serving.once import compare_once
+    from serving.app import compare_once
     from serving.tables import comparison_table
 
     request = _request(image, prompt, task, detail, max_tokens, 0.0, None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx2
@@ -13,7 +14,6 @@ from comparisons.egress import is_loopback_address
 from models.errors import NearfarError, UpstreamError
 from serving.hosted.chat_completions import BrokenOff, NotAChunk
 from serving.hosted.providers import Provider
-from serving.hosted.redaction import quotable
 
 # The SDK adds headers that describe this machine, and takes more from OPENAI_* variables, credentials for OpenAI among
 # them, whatever host it talks to. Only these leave. The last one the SDK itself reads again.
@@ -31,6 +31,16 @@ STATUS_MEANINGS = {
     422: "the request was refused",
     429: "rate or spending limit",
 }
+MAX_CHARACTERS = 160
+MAX_READ_CHARACTERS = 2000  # the rest of a message is not looked at
+REDACTED = "[...]"
+
+# Keys as providers write them, also half masked ("sk-ab***yz"), and any long run that could be one, or a picture.
+# A half masked one is looked for once a word, at its start, and so before the others: a match that may begin at any
+# character takes the square of the word's length.
+_KEY_LIKE = re.compile(
+    r"(?<!\S)\S*\*\*\S*|\b(?:Bearer\s+\S+|(?:sk|pk|rk|key)-[^\s'\"]+|AIza\S+)|[A-Za-z0-9+/=_\-]{28,}", re.I
+)
 
 
 class MeasuredBody(httpx2.AsyncByteStream):
@@ -125,3 +135,22 @@ def classify(error: Exception, provider: Provider, secrets: tuple[str, ...]) -> 
 def _sentence(start: str, body: Any, secrets: tuple[str, ...]) -> str:
     said = quotable(body, secrets)
     return f"{start}: {said}" if said else start
+
+
+def quotable(body: object, secrets: tuple[str, ...]) -> str:
+    """What may be shown of a provider's own error message: one short line without keys, pictures and prompts.
+
+    The `message` of an error body, cleaned, without any of `secrets`; empty where there is none.
+    """
+    if isinstance(body, list) and body:  # Gemini's compatible endpoint wraps the object in a list
+        body = body[0]
+    if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
+        body = body["error"]
+    message = body.get("message") if isinstance(body, Mapping) else None
+    if not isinstance(message, str):
+        return ""
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        message = message.replace(secret, REDACTED)
+    line = _KEY_LIKE.sub(REDACTED, message[:MAX_READ_CHARACTERS])
+    line = " ".join("".join(character if character.isprintable() else " " for character in line).split())
+    return line if len(line) <= MAX_CHARACTERS else line[: MAX_CHARACTERS - 3].rstrip() + "..."

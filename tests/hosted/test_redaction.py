@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.hosted.redaction import quotable
+from serving.hosted.transport import quotable
 
 
 @pytest.mark.parametrize(
