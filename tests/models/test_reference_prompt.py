@@ -1,12 +1,22 @@
-"""Token ids equal those of transformers' Idefics3Processor, and no text of a user becomes a marker."""
+"""Token ids equal those of transformers' Idefics3Processor, and no text of a user becomes a marker.
+
+The published tokenizers are not at hand, so one of the same make is trained here on the standard library's own prose:
+byte-level BPE with single digits, whose merges join what a wrong cut would part (two newlines, a space and a word).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers.trainers import BpeTrainer
 from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
 
 from models.errors import BadRequest
@@ -31,14 +41,17 @@ def renderer(tokenizer: TextTokenizer) -> PromptRenderer:
     return PromptRenderer.from_folder(CHECKPOINT, tokenizer, 16)
 
 
+def image_processor(processing: ImageProcessing) -> Idefics3ImageProcessor:
+    return Idefics3ImageProcessor(
+        size={"longest_edge": processing.longest_edge}, max_image_size={"longest_edge": processing.tile_px}
+    )
+
+
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    images = Idefics3ImageProcessor(
-        size={"longest_edge": PROCESSING.longest_edge}, max_image_size={"longest_edge": PROCESSING.tile_px}
-    )
     template = (CHECKPOINT / "chat_template.jinja").read_text()
     loaded = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)
-    return Idefics3Processor(images, loaded, image_seq_len=16, chat_template=template)
+    return Idefics3Processor(image_processor(PROCESSING), loaded, image_seq_len=16, chat_template=template)
 
 
 def messages(turns: list[Turn]) -> list[Message]:
@@ -57,7 +70,7 @@ def reference_ids(processor: Any, turns: list[Turn], sizes: list[tuple[int, int]
     if not sizes:
         return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     images = [Image.new("RGB", size, (9, 99, 199)) for size in sizes]
-    processor.image_processor.do_image_splitting = split
+    processor.image_processor.do_image_splitting = split  # the tiles themselves do not count here
     # Without the data format it takes a height of 1 or 3 for the channels.
     found = processor(text=text, images=images, add_special_tokens=False, input_data_format="channels_last")
     return list(found["input_ids"][0])
@@ -99,6 +112,60 @@ def test_ids_equal_the_reference_processor_for(
     turns, sizes = CONVERSATIONS[name]
     grids = [choose_grid(*size, "high" if split else "low", PROCESSING) for size in sizes]
     assert renderer.ids(messages(turns), grids) == reference_ids(processor, turns, sizes, split=split)
+
+
+MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+ROWS = ["<global-img>", *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))]
+FAMILY = {
+    # Markers, processing, image tokens per tile: SmolVLM and SmolVLM2 256M and 500M; SmolVLM2 2.2B; and SmolVLM 2.2B,
+    # whose tokenizer has no markers for rows and the global view, so that they are ordinary text.
+    "256M and 500M": ([*MARKERS, *ROWS], ImageProcessing(longest_edge=2048, tile_px=512, auto_tile_px=512), 64),
+    "SmolVLM2 2.2B": ([*MARKERS, *ROWS], ImageProcessing(longest_edge=1536, tile_px=384, auto_tile_px=384), 81),
+    "SmolVLM 2.2B": (MARKERS, ImageProcessing(longest_edge=1536, tile_px=384, auto_tile_px=384), 81),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def member(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PromptRenderer, Any, ImageProcessing]:
+    """Renderer, reference processor and settings of one model of the family."""
+    markers, processing, tokens_per_tile = FAMILY[request.param]
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    trained.decoder = ByteLevelDecoder()
+    trained.train_from_iterator(
+        topics.values(),
+        BpeTrainer(vocab_size=4000, initial_alphabet=ByteLevel.alphabet(), show_progress=False),
+    )
+    trained.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained.save(str(folder / "tokenizer.json"))
+    template = (CHECKPOINT / "chat_template.jinja").read_text()
+    return (
+        PromptRenderer(template, TextTokenizer(folder / "tokenizer.json"), tokens_per_tile),
+        Idefics3Processor(
+            image_processor(processing),
+            PreTrainedTokenizerFast(tokenizer_object=trained),
+            image_seq_len=tokens_per_tile,
+            chat_template=template,
+        ),
+        processing,
+    )
+
+
+FAMILY_CONVERSATIONS = ["text alone", "picture first", "text first", "several turns", "with a system message"]
+
+
+@pytest.mark.parametrize("name", [*FAMILY_CONVERSATIONS, "several pictures", "pictures in two turns"])
+def test_ids_equal_the_reference_processor_in_the_family_for(
+    name: str, member: tuple[PromptRenderer, Any, ImageProcessing]
+) -> None:
+    renderer, processor, processing = member
+    turns, sizes = CONVERSATIONS[name]
+    for split in (True, False):
+        grids = [choose_grid(*size, "high" if split else "low", processing) for size in sizes]
+        assert renderer.ids(messages(turns), grids) == reference_ids(processor, turns, sizes, split=split)
 
 
 SPECIAL_TEXTS = [
