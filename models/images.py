@@ -234,8 +234,8 @@ def choose_grid(width: int, height: int, detail: Detail, processing: ImageProces
 def tile_image(image: Image.Image, detail: Detail, processing: ImageProcessing) -> TiledImage:
     """Resize and cut an RGB or RGBA picture. The tiles come row by row, the global view last.
 
-    Two LANCZOS resizes in a row, as the reference does: to the longest edge, then to the grid. Both are needed for equal
-    pixels; where the size fits already Pillow copies. What is transparent is laid over white after that, as there.
+    Two LANCZOS resizes in a row, as the reference does: to the longest edge, then to the grid. Both are needed for
+    equal pixels; where the size fits already Pillow copies. What is transparent is laid over white after them.
     """
     grid = choose_grid(image.width, image.height, detail, processing)
     tile = processing.tile_px
