@@ -7,7 +7,6 @@ a rename.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from export.verify import draw_cases, verify
 from export.vision import quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
+    NAME,
     REQUIRED_GRAPHS,
     Bundle,
     FileEntry,
@@ -45,7 +45,6 @@ COPIED = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
 MADE_WITH = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def export_bundle(

@@ -8,6 +8,10 @@ data included, lies outside the folder.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +22,8 @@ from models.images import ImageProcessing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+TEXT_SUFFIXES = (".json", ".jinja")
 # `decoder_prompt` is there where a recipe runs the prompt step in a graph of its own, over the same cache.
 GraphName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_prompt"]
 REQUIRED_GRAPHS: tuple[GraphName, ...] = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -123,7 +129,7 @@ class Bundle:
         """Read the manifest and check every file. Raises BundleError that names what is wrong."""
         bundle = cls.read(folder)
         manifest = bundle.manifest
-        root = folder.resolve()
+        root = hub_root(folder.resolve()) or folder.resolve()
         for name, entry in manifest.files.items():
             file = folder / name
             if root not in file.resolve().parents:
@@ -132,10 +138,10 @@ class Bundle:
                 raise BundleError(f"{folder}: {name} is missing")
             if file.stat().st_size != entry.bytes or sha256_of(file) != entry.sha256:
                 raise BundleError(f"{folder}: {name} does not match its hash in the manifest")
-        for file in folder.rglob("*"):
-            name = file.relative_to(folder).as_posix()
-            if file.is_file() and name not in manifest.files and name != MANIFEST:
-                raise BundleError(f"{folder}: {name} is not in the manifest")
+        # What is read by name; a published folder has other graphs, weights and texts beside, which are not.
+        for file in folder.iterdir():
+            if file.suffix in TEXT_SUFFIXES and file.name not in (*manifest.files, MANIFEST):
+                raise BundleError(f"{folder}: {file.name} is not in the manifest")
         missing = [name for name in REQUIRED_GRAPHS if name not in manifest.graphs]
         if missing:
             raise BundleError(f"{folder / MANIFEST}: graphs: {missing[0]} is missing")
@@ -157,6 +163,35 @@ class Bundle:
         return self.folder / self.manifest.graphs[name].file
 
 
+def hub_root(folder: Path) -> Path | None:
+    """The model's folder in a hub's cache where `folder`, a real path, is a snapshot in it: its files link to blobs."""
+    root = folder.parent.parent
+    return root if folder.parent.name == "snapshots" and root.name.startswith("models--") else None
+
+
 def sha256_of(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_beside(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write beside `path` and take its place.
+
+    A link, as a hub's cache has them, then leads to a new file beside the one it led to, which stays: a graph's
+    external data is looked for there.
+    """
+    place = path.resolve().with_suffix(".edited") if path.is_symlink() else path
+    beside = place.with_name(f".{place.name}.part")
+    link = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as opened:
+            opened.writelines(pieces)
+        beside.replace(place)
+        if place != path:
+            link.symlink_to(os.path.relpath(place, path.parent.resolve()))
+            link.replace(path)
+    except OSError as error:
+        for left in (beside, link):
+            with suppress(OSError):
+                left.unlink()
+        raise BundleError(f"{path} cannot be written: {error.strerror}") from error

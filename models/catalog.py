@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.bundle import GraphName
 from models.errors import NotFound
@@ -37,6 +37,30 @@ class Shape:
     tile_px: int
     patch_px: int
     scale_factor: int  # patches to a side that become one image token
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shape:
+        """From a checkpoint's config.json; defaults as transformers' configuration classes have them.
+
+        Raises KeyError, TypeError or ValueError for one that lacks a dimension.
+        """
+        text, vision = config["text_config"], config["vision_config"]
+        return cls(
+            hidden=int(text["hidden_size"]),
+            intermediate=int(text["intermediate_size"]),
+            layers=int(text["num_hidden_layers"]),
+            heads=int(text["num_attention_heads"]),
+            kv_heads=int(text.get("num_key_value_heads") or text["num_attention_heads"]),
+            head_dim=int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]),
+            vocab=int(text["vocab_size"]),
+            max_positions=int(text["max_position_embeddings"]),
+            vision_hidden=int(vision["hidden_size"]),
+            vision_intermediate=int(vision.get("intermediate_size", 3072)),
+            vision_layers=int(vision.get("num_hidden_layers", 12)),
+            tile_px=int(vision["image_size"]),
+            patch_px=int(vision["patch_size"]),
+            scale_factor=int(config.get("scale_factor", 2)),
+        )
 
     @property
     def image_tokens_per_tile(self) -> int:

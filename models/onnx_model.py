@@ -1,4 +1,4 @@
-"""A bundle's three ONNX graphs as typed functions over NumPy arrays. The only module that opens ONNX Runtime sessions.
+"""A bundle's ONNX graphs as typed functions over NumPy arrays. The only module that opens ONNX Runtime sessions.
 
 It knows graphs and buffers, not prompts: tiles in, features out; ids in, embeddings out; embeddings and a cache in,
 logits out. Not safe for concurrent use: one thread owns a model.
@@ -9,17 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from models.bundle import Bundle, GraphName
+from models.bundle import Bundle, CacheKind, Shapes
 from models.errors import BundleError, ContextLengthExceeded, Unavailable
 
 Floats = npt.NDArray[np.float32]
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES: dict[str, npt.DTypeLike] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 ExecutionProvider = Literal["auto", "cpu", "cuda"]
 CACHE_STEP = 64  # positions; a cache's length is rounded up to it
 
@@ -54,17 +60,74 @@ def _memory_errors() -> Iterator[None]:
 
 
 class KvCache:
-    """Keys and values of one sequence in buffers of fixed length: past and present share them, so nothing is copied.
+    """Keys and values of one sequence, where the execution provider wants them.
 
-    `buffers[layer]` is a key and a value array, each [1, kv_head, position, head_dim].
+    `shared`: past and present are one buffer of fixed length, so nothing is copied. `growing`: each step hands out a
+    longer copy, which is the next step's past; so do graphs that concatenate. `values["3.key"]` is layer 3's keys,
+    [1, kv_head, position, head_dim].
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, positions: int, dtype: npt.DTypeLike) -> None:
+    def __init__(
+        self, shapes: Shapes, positions: int, dtype: npt.DTypeLike, kind: CacheKind = "shared", device: str = "cpu"
+    ) -> None:
         self.positions = -(-positions // CACHE_STEP) * CACHE_STEP
         self.filled = 0
-        shape = (1, kv_heads, self.positions, head_dim)
+        self._growing, self._device = kind == "growing", device
+        shape = (1, shapes.kv_heads, 0 if self._growing else self.positions, shapes.head_dim)
         # Zeros, not empty: attention multiplies what lies behind the filled part by 0, and 0 * NaN is NaN.
-        self.buffers = [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(layers)]
+        self.values = {
+            f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+            for layer in range(shapes.layers)
+            for part in ("key", "value")
+        }
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Make it the past and the present of the run that `binding` is for."""
+        for place, value in self.values.items():
+            binding.bind_ortvalue_input(f"past_key_values.{place}", value)
+            if self._growing:
+                binding.bind_output(f"present.{place}", self._device)
+            else:
+                binding.bind_ortvalue_output(f"present.{place}", value)
+
+    def advance(self, binding: ort.IOBinding, new: int) -> None:
+        """That run has appended `new` positions. Its logits were bound before the cache."""
+        if self._growing:
+            self.values = dict(zip(self.values, binding.get_outputs()[1:], strict=True))
+        self.filled += new
+
+
+class _Graph:
+    """One session with the NumPy types of its inputs and outputs."""
+
+    def __init__(self, path: Path, options: ort.SessionOptions, providers: list[str]) -> None:
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises its own kinds, all straight from Exception
+            reason = str(error).splitlines()[0][:300]
+            raise BundleError(f"{path.name} does not load: {reason}") from error
+        self.file = path.name
+        self.inputs = {item.name: self._type(item) for item in self.session.get_inputs()}
+        self.outputs = {item.name: self._type(item) for item in self.session.get_outputs()}
+
+    def _type(self, item: ort.NodeArg) -> npt.DTypeLike:
+        if item.type not in _TYPES:
+            raise BundleError(f"{self.file}: {item.name} is a {item.type}, which is not supported")
+        return _TYPES[item.type]
+
+    def check(self, needed: set[str], known: set[str], output: str) -> None:
+        """Raises BundleError for an input that is missing or that nobody here would feed, and a missing output."""
+        names = set(self.inputs)
+        for wrong in (*sorted(needed - names), *sorted(names - needed - known), *({output} - set(self.outputs))):
+            what = "an unknown input" if wrong in names else "no input or output"
+            raise BundleError(f"{self.file} has {what} {wrong}: it is not in the published layout")
+
+    def run(self, output: str, feeds: dict[str, npt.NDArray[Any]]) -> Floats:
+        """One output in float32; each input in the type that the graph reads."""
+        typed = {name: feeds[name].astype(kind, copy=False) for name, kind in self.inputs.items()}
+        with _memory_errors():
+            result: npt.NDArray[Any] = self.session.run([output], typed)[0]
+        return result.astype(np.float32, copy=False)
 
 
 class OnnxModel:
@@ -73,56 +136,48 @@ class OnnxModel:
     def __init__(self, bundle: Bundle, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> None:
         self.bundle = bundle
         self.shapes = bundle.manifest.shapes
+        providers = execution_providers(provider)
+        self._device = "cuda" if "CUDAExecutionProvider" in providers else "cpu"
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong comes back as an exception
         # Waiting threads that spin take the other core from HTTP and the next request's preparation. tiny-scenes, two
         # Zen 3 cores, `nearfar bench` with 8 clients: 95 requests/s without spinning, 60 with it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._options, self._providers = options, execution_providers(provider)
-        self._vision = self._open("vision_encoder")
-        self._embed = self._open("embed_tokens")
-        self._decoder = self._open("decoder_model_merged")
-        self._vision_inputs = {item.name for item in self._vision.get_inputs()}
-        self._decoder_inputs = {item.name: item for item in self._decoder.get_inputs()}
-        cache_input = self._decoder_inputs.get("past_key_values.0.key")
-        if cache_input is None or cache_input.type not in _TYPES:
-            raise BundleError(f"{bundle.folder}: the decoder graph has no float cache input past_key_values.0.key")
-        self._cache_type = _TYPES[cache_input.type]
+        graphs = {name: _Graph(bundle.graph(name), options, providers) for name in bundle.manifest.graphs}
+        self._vision, self._embed = graphs["vision_encoder"], graphs["embed_tokens"]
+        self._decoder = graphs["decoder_model_merged"]
+        self._prompt = graphs.get("decoder_prompt", self._decoder)
+        self._vision.check({"pixel_values"}, {"pixel_attention_mask"}, "image_features")
+        self._embed.check({"input_ids"}, set(), "inputs_embeds")
+        past = {f"past_key_values.{n}.{part}" for n in range(self.shapes.layers) for part in ("key", "value")}
+        for decoder in (self._decoder, self._prompt):
+            decoder.check({"inputs_embeds", "attention_mask"} | past, {"position_ids", "num_logits_to_keep"}, "logits")
+        if self._prompt.inputs["past_key_values.0.key"] != self._decoder.inputs["past_key_values.0.key"]:
+            raise BundleError(f"{self._prompt.file} and {self._decoder.file} do not share one type of cache")
 
-    def _open(self, name: GraphName) -> ort.InferenceSession:
-        path = self.bundle.graph(name)
-        try:
-            return ort.InferenceSession(str(path), self._options, providers=self._providers)
-        except Exception as error:  # ONNX Runtime raises its own kinds, all straight from Exception
-            reason = str(error).splitlines()[0][:300]
-            raise BundleError(f"{path.name} does not load: {reason}") from error
-
-    def new_cache(self, positions: int) -> KvCache:
+    def new_cache(self, positions: int, kind: CacheKind | None = None) -> KvCache:
         """An empty cache for at most that many positions. Raises ContextLengthExceeded above the model's."""
         if positions > self.shapes.max_positions:
             raise ContextLengthExceeded(
                 f"{positions} positions asked for, the model has {self.shapes.max_positions}", param="prompt"
             )
-        return KvCache(self.shapes.layers, self.shapes.kv_heads, self.shapes.head_dim, positions, self._cache_type)
+        dtype = self._decoder.inputs["past_key_values.0.key"]
+        with _memory_errors():
+            return KvCache(self.shapes, positions, dtype, kind or self.bundle.manifest.cache, self._device)
 
     def encode_tiles(self, pixels: Floats) -> Floats:
         """[tile, 3, height, width] -> image features [tile, image token, hidden]."""
-        feeds: dict[str, Any] = {"pixel_values": pixels[np.newaxis]}
-        if "pixel_attention_mask" in self._vision_inputs:
-            feeds["pixel_attention_mask"] = np.ones((1, len(pixels), *pixels.shape[2:]), dtype=bool)
-        with _memory_errors():
-            features: Floats = self._vision.run(["image_features"], feeds)[0]
-        return features
+        mask = np.ones((1, len(pixels), *pixels.shape[2:]), dtype=bool)
+        return self._vision.run("image_features", {"pixel_values": pixels[np.newaxis], "pixel_attention_mask": mask})
 
     def embed(self, ids: Sequence[int], features: Floats | None = None) -> Floats:
         """[position] -> embeddings [1, position, hidden], the image tokens' rows being those of `features` in order."""
         array = np.asarray(ids, dtype=np.int64)[np.newaxis]
-        embeds: Floats = self._embed.run(["inputs_embeds"], {"input_ids": array})[0]
+        embeds = self._embed.run("inputs_embeds", {"input_ids": array})
         if features is not None:
-            places = array == self.shapes.image_token_id
-            embeds[places] = features.reshape(-1, features.shape[-1])
+            embeds[array == self.shapes.image_token_id] = features.reshape(-1, features.shape[-1])
         return embeds
 
     def decode(self, embeds: Floats, cache: KvCache) -> Floats:
@@ -131,28 +186,47 @@ class OnnxModel:
         total = cache.filled + new
         if total > cache.positions:
             raise ContextLengthExceeded(f"{total} positions in a cache of {cache.positions}")
-        binding = self._decoder.io_binding()
-        held = {"inputs_embeds": np.ascontiguousarray(embeds), "attention_mask": np.ones((1, total), dtype=np.int64)}
-        if "position_ids" in self._decoder_inputs:
-            held["position_ids"] = np.arange(cache.filled, total, dtype=np.int64)[np.newaxis]
-        rows = new
-        if "num_logits_to_keep" in self._decoder_inputs:
-            held["num_logits_to_keep"] = np.array(1, dtype=np.int64)
-            rows = 1
+        graph = self._decoder if new == 1 else self._prompt
+        rows = 1 if "num_logits_to_keep" in graph.inputs else new
+        feeds: dict[str, npt.NDArray[Any]] = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, total)),
+            "position_ids": np.arange(cache.filled, total)[np.newaxis],
+            "num_logits_to_keep": np.array(rows),
+        }
+        binding = graph.session.io_binding()
+        # Held until the run is over: the binding knows addresses alone.
+        held = {name: np.ascontiguousarray(feeds[name], kind) for name, kind in graph.inputs.items() if name in feeds}
         for name, array in held.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        logits = np.empty((1, rows, self.shapes.vocab_size), dtype=np.float32)
+        logits = np.empty((1, rows, self.shapes.vocab_size), graph.outputs["logits"])
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        for layer, pair in enumerate(cache.buffers):
-            for kind, buffer in zip(("key", "value"), pair, strict=True):
-                place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-                binding.bind_input(f"past_key_values.{layer}.{kind}", *place)
-                binding.bind_output(f"present.{layer}.{kind}", *place)
+        cache.bind(binding)
         with _memory_errors():
-            self._decoder.run_with_iobinding(binding)
-        cache.filled = total
-        last: Floats = logits[0, -1]
+            graph.session.run_with_iobinding(binding)
+        cache.advance(binding, new)
+        last: Floats = logits[0, -1].astype(np.float32, copy=False)
         return last
+
+    def find_cache_kind(self) -> CacheKind:
+        """How this decoder's cache works, found by running it: three positions, in two steps, both ways.
+
+        Handing out longer copies is right for every graph. Where one buffer gives the same logits, it is taken; a graph
+        that concatenates raises, since its present does not fit into its past.
+        """
+        embeds = self.embed([0, 1, 2])
+
+        def last(kind: CacheKind) -> Floats:
+            cache = self.new_cache(CACHE_STEP, kind)
+            self.decode(embeds[:, :2], cache)
+            return self.decode(embeds[:, 2:], cache)
+
+        grown = last("growing")
+        try:
+            shared = last("shared")
+        except Exception:  # the runtime's own kinds, all straight from Exception
+            return "growing"
+        return "shared" if np.allclose(shared, grown, atol=1e-2 * float(np.abs(grown).max())) else "growing"
 
     def greedy(self, ids: Sequence[int], features: Floats | None, max_tokens: int) -> list[int]:
         """Token ids of the likeliest answer, without the stop token: the plain loop, for checks and evaluations."""

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from models.bundle import Bundle
-from models.errors import NearfarError
+from models.errors import BadRequest, NearfarError
 from models.request import GenerationSettings, Policy, Task, question
 from serving.settings import Settings
 
@@ -239,6 +239,34 @@ def export(
         print(f"{out}: {manifest.name}@{manifest.recipe}, {size / 1e6:.1f} MB")
         for measure, value in manifest.quality.items():
             print(f"  {measure}: {value}")
+
+
+@app.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="folder in the published layout: config.json, tokenizer.json, onnx/")],
+    suffix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="files to take, fp32 or q4f16 or such; GRAPH=SUFFIX for one graph; repeatable  [default: best]"
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a folder of published ONNX files a bundle: hash it, write its manifest. Twice changes nothing."""
+    from models.adopt import adopt as adopt_folder
+    from models.adopt import parse_suffixes
+
+    try:
+        manifest = adopt_folder(folder, suffixes=parse_suffixes(suffix or []), name=name)
+    except NearfarError as error:
+        fail(error.message, status=2 if isinstance(error, BadRequest) else 1)
+    if as_json:
+        print(manifest.model_dump_json(indent=2))
+    else:
+        print(f"{folder}: {manifest.name}@{manifest.recipe}, {manifest.cache} cache")
+        for graph in manifest.graphs.values():
+            print(f"  {graph.file}{': ' + graph.edit if graph.edit else ''}")
 
 
 @app.command()

@@ -41,7 +41,7 @@ def assert_fails(run: subprocess.CompletedProcess[str], status: int, *words: str
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("serve",), ("infer",), ("compare",), ("export",), ("models",), ("demo",), ("bench",)]
+    "command", [(), ("serve",), ("infer",), ("compare",), ("export",), ("adopt",), ("models",), ("demo",), ("bench",)]
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     run = nearfar(*command, "--help")
@@ -52,6 +52,21 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
 def test_infer_prints_the_answer_alone() -> None:
     run = nearfar("infer", PICTURE, "What color is the circle?")
     assert (run.returncode, run.stdout.strip()) == (0, "red")
+
+
+def test_a_published_folder_is_adopted_and_answers(tmp_path: Path) -> None:
+    folder = shutil.copytree(BUNDLES["tiny-scenes@fp32"], tmp_path / "tiny")
+    (folder / "manifest.json").unlink()
+    assert_fails(nearfar("infer", PICTURE, "What color is the circle?", "--model", str(folder)), 1, "manifest.json")
+    assert_fails(nearfar("adopt", str(folder), "--suffix", "q9"), 2, "q9")
+    run = nearfar("adopt", str(folder), "--json")
+    assert (json.loads(run.stdout)["name"], json.loads(run.stdout)["recipe"]) == ("tiny", "fp32")
+    assert nearfar("adopt", str(folder)).stdout.startswith(f"{folder}: tiny@fp32, shared cache\n")
+    run = nearfar("infer", PICTURE, "What color is the circle?", "--model", str(folder))
+    assert (run.returncode, run.stdout.strip()) == (0, "red")
+    (folder / "onnx" / "vision_encoder.onnx").write_bytes(b"cut")
+    (folder / "manifest.json").unlink()
+    assert_fails(nearfar("adopt", str(folder)), 1, "vision_encoder.onnx")
 
 
 def test_infer_takes_a_bundle_folder_and_prints_the_http_object() -> None:
