@@ -6,19 +6,27 @@ same service, one after the other, so that ratios between them are of one run.
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import platform
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from models.bundle import Bundle
 from models.errors import Unavailable
+from serving.bench_engine import BundleContestant, Contestant, Scale, run_scales
 from serving.child import child_service, post
 from serving.demo import first_sample
 
@@ -86,28 +94,63 @@ def run_load(url: str, body: dict[str, Any], *, clients: int, requests: int, pro
     )
 
 
-def run_bench(*, clients: list[int], requests: int, model: str | None, console: Console) -> dict[str, Any]:
-    """Serve, warm up, load; the figures with the machine named."""
+def run_bench(
+    *,
+    clients: Sequence[int],
+    requests: int,
+    folder: Path,
+    others: Sequence[Contestant],
+    scales: Sequence[Scale],
+    rounds: int,
+    picture_px: int | None,
+    console: Console,
+) -> dict[str, Any]:
+    """The bundle alone beside `others`, then one request by its stages, then load; with the machine named.
+
+    The request asks the embedded model's first sample, or about a noise picture of `picture_px` a side at detail=high.
+    """
     sample, body = first_sample()
-    begun = time.perf_counter()
-    with child_service(*(("--model", model) if model else ())) as near:
-        ready_s = time.perf_counter() - begun
-        for _ in range(WARM_UP_REQUESTS):
-            answer = post(f"{near}/infer", body)
-        with Progress(console=console, transient=True) as progress:
+    asked = f"{sample['file']}: {sample['question']}"
+    if picture_px:
+        body = {"prompt": "What is this?", "images": [noise_url(picture_px)], "detail": "high", "max_tokens": 16}
+        asked = f"noise, {picture_px} px square, detail=high, 16 tokens: {body['prompt']}"
+    with Progress(console=console, transient=True) as progress:
+        rows: list[dict[str, Any]] = []
+        if scales:
+            rows = run_scales([BundleContestant(folder), *others], scales, rounds=rounds, progress=progress)
+        begun = time.perf_counter()
+        with child_service("--model", str(folder)) as near:
+            ready_s = time.perf_counter() - begun
+            answers = [post(f"{near}/infer", body) for _ in range(WARM_UP_REQUESTS if clients else 2)]
             loads = [
                 run_load(f"{near}/infer", body, clients=count, requests=requests, progress=progress)
                 for count in clients
             ]
-        answer = post(f"{near}/infer", body)
+            answers.append(post(f"{near}/infer", body))
+    fastest = min(answers[1:], key=lambda answer: float(answer["timings"]["total_ms"]))
     return {
         "machine": machine(),
-        "target": answer["target"],
-        "question": f"{sample['file']}: {sample['question']}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("nearfar", "onnxruntime", "numpy")},
+        "target": fastest["target"],
+        "question": asked,
+        "engine": rows,
+        "stages": fastest["timings"],
+        "tiles": sum(image["tiles"] for image in fastest["images"]),
+        "prompt_tokens": fastest["usage"]["prompt_tokens"],
         "start_to_ready_s": round(ready_s, 2),
-        "process_peak_bytes": answer["memory"]["process_peak_bytes"],
+        "process_peak_bytes": answers[-1]["memory"]["process_peak_bytes"],
         "loads": [asdict(load) for load in loads],
+        "pareto": Bundle.load(folder).manifest.quality.get("pareto", []),
     }
+
+
+def noise_url(side_px: int) -> str:
+    """A square of noise as a data URL: the picture that no cache and no encoder can make easy."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def machine() -> dict[str, Any]:
@@ -132,13 +175,19 @@ def bench_table(result: dict[str, Any], console: Console) -> None:
     sets = ", ".join(facts["instruction_sets"]) or "none of interest"
     console.print(f"{facts['processor']}, {facts['cores']} cores ({sets}), {facts['system']}", markup=False)
     console.print(f"{result['target']}  {result['question']}", markup=False)
+    for row in result["engine"]:
+        cells = [f"{name} {figure['best']:g} ({row['ratio_to'][name]:.2f}x)" for name, figure in row["figures"].items()]
+        console.print(f"{row['kind']} {row['size']}, {row['unit']}: " + "; ".join(cells), markup=False)
     table = Table(header_style="bold")
     for heading in ("clients", "n", "errors", "requests/s (answers / elapsed)", "p50 ms", "p95 ms (nearest rank)"):
         table.add_column(heading, justify="right")
     for load in result["loads"]:
         p95 = "-" if load["p95_ms"] is None else str(load["p95_ms"])
-        cells = (load["clients"], load["requests"], load["errors"], load["requests_per_second"], load["p50_ms"], p95)
-        table.add_row(*map(str, cells))
-    console.print(table)
+        values = (load["clients"], load["requests"], load["errors"], load["requests_per_second"], load["p50_ms"], p95)
+        table.add_row(*map(str, values))
+    if result["loads"]:
+        console.print(table)
+    stages = {name: value for name, value in result["stages"].items() if value is not None}
+    console.print("one request: " + ", ".join(f"{name} {value:g}" for name, value in stages.items()), markup=False)
     peak = result["process_peak_bytes"] / 1e6
     console.print(f"start to ready {result['start_to_ready_s']} s, peak of the process {peak:.0f} MB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,12 +172,36 @@ def test_the_demo_shows_both_answers_and_leaves_with_status_0() -> None:
         assert words in run.stdout
 
 
-def test_bench_reports_each_client_count_and_the_machine() -> None:
-    result = json.loads(nearfar("bench", "--clients", "1,3", "--requests", "24", "--json").stdout)
+def test_the_bench_tells_its_machine_and_writes_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "bench.html"
+    options = ("--tiles", "1,2", "--prompts", "16", "--contexts", "16", "--rounds", "1")
+    load = ("--clients", "1,3", "--requests", "24", "--against", "tiny-scenes@fp32")
+    told = nearfar("bench", *options, *load, "--html", str(page), "--json")
+    result = json.loads(told.stdout)
     assert [(load["clients"], load["requests"], load["errors"]) for load in result["loads"]] == [(1, 24, 0), (3, 24, 0)]
     assert all(0 < load["p50_ms"] <= load["p95_ms"] for load in result["loads"])
     assert result["machine"]["cores"] >= 1
-    assert_fails(nearfar("bench", "--clients", "many"), 2, "--clients")
+    assert {(row["kind"], row["size"]) for row in result["engine"]} == {
+        ("vision", 1), ("vision", 2), ("prefill", 16), ("decode", 16)
+    }  # fmt: skip
+    names = {"local/tiny-scenes@int8", "local/tiny-scenes@fp32"}
+    assert all(set(row["figures"]) == names for row in result["engine"])
+    assert result["stages"]["vision_ms"] > 0
+    text = page.read_text()
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", text), (
+        "it reaches for something outside"
+    )
+    assert text.count("<svg") == 5
+    embedded = re.search(r'<script type="application/json" id="result">(.*?)</script>', text, re.DOTALL)
+    assert embedded
+    assert json.loads(embedded[1]) == result
+
+
+@pytest.mark.parametrize(
+    "options", [("--clients", "many"), ("--tiles", "0"), ("--prompts", "1,-2"), ("--llama-cpp", "/nowhere")]
+)
+def test_wrong_use_of_the_bench_is_told_in_one_line(options: tuple[str, str]) -> None:
+    assert_fails(nearfar("bench", *options), 2, options[0])
 
 
 def test_a_percentile_is_the_nearest_rank() -> None:

@@ -1,0 +1,71 @@
+"""What the bench counts and what its page shows; the machine's speed is nothing that a test could hold."""
+
+from __future__ import annotations
+
+from rich.progress import Progress
+
+from models.tiny_scenes import BUNDLES
+from serving.bench_engine import LONGEST_S, BundleContestant, Scale, run_scales
+from serving.bench_page import write_page
+
+
+class Scripted:
+    """A contestant whose times are given: a fake of another system, never of ours."""
+
+    def __init__(self, name: str, times: list[float]) -> None:
+        self.name, self._times, self.asked = name, list(times), 0
+
+    def vision(self, tiles: int) -> float | None:
+        self.asked += 1
+        return self._times.pop(0)
+
+    def prefill(self, tokens: int) -> float | None:
+        return None
+
+    def decode(self, context: int, tokens: int) -> float | None:
+        return None
+
+
+def test_the_first_run_warms_up_and_the_best_of_the_others_counts() -> None:
+    near, far = Scripted("near", [9.0, 0.2, 0.1]), Scripted("far", [0.01, 0.4, 0.6])
+    rows = run_scales([near, far], [Scale("vision", (2,))], rounds=2, progress=Progress(disable=True))
+    assert rows == [
+        {
+            "kind": "vision",
+            "size": 2,
+            "unit": "ms per tile",
+            "figures": {"near": {"best": 50.0, "worst": 100.0}, "far": {"best": 200.0, "worst": 300.0}},
+            "ratio_to": {"near": 1.0, "far": 4.0},
+        }
+    ]
+
+
+def test_a_contestant_that_is_too_slow_is_spared_the_larger_sizes() -> None:
+    near, slow = Scripted("near", [1.0] * 4), Scripted("slow", [LONGEST_S + 1] * 2)
+    rows = run_scales([near, slow], [Scale("vision", (1, 2))], rounds=1, progress=Progress(disable=True))
+    assert [list(row["figures"]) for row in rows] == [["near", "slow"], ["near"]]
+    assert slow.asked == 2
+
+
+def test_what_a_contestant_cannot_do_leaves_no_row() -> None:
+    rows = run_scales([Scripted("near", [])], [Scale("prefill", (8,))], rounds=1, progress=Progress(disable=True))
+    assert rows == []
+
+
+def test_a_bundle_is_measured_within_its_positions_alone() -> None:
+    bundle = BundleContestant(BUNDLES["tiny-scenes@int8"])
+    assert bundle.prefill(64)
+    assert bundle.decode(64, 2)
+    assert bundle.vision(5)
+    assert bundle.prefill(1_000_000) is None
+    assert bundle.decode(1_000_000, 2) is None
+
+
+def test_a_name_in_the_page_is_text() -> None:
+    result = {
+        "machine": {"processor": "<b>", "cores": 1, "instruction_sets": [], "system": "x"}, "date": "", "engine": [],
+        "target": "</script><script>alert(1)</script>", "loads": [], "stages": {"total_ms": 1.0}, "pareto": [],
+    }  # fmt: skip
+    text = write_page(result)
+    assert "<script>alert" not in text
+    assert "<b>" not in text
