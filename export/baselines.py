@@ -5,12 +5,15 @@ They run in this environment, on the same checkpoint (llama.cpp: on a GGUF file 
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import socket
 import statistics
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +69,18 @@ class TorchContestant:
             past, token = answer.past_key_values, answer.logits[:, -1:].argmax(-1)
         return time.perf_counter() - begun
 
+    def first_token(self, prompt: str, picture: str) -> float | None:
+        """It has no HTTP service."""
+        return None
+
     def _prompt(self, tokens: int) -> Any:
         ids = torch.zeros(1, tokens, dtype=torch.long)
         return self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def torch_contestants(checkpoint: Path) -> list[TorchContestant]:
+    """transformers in float32 and in bfloat16."""
+    return [TorchContestant(checkpoint, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 class LlamaCppContestant:
@@ -109,6 +121,52 @@ class LlamaCppContestant:
     def decode(self, context: int, tokens: int) -> float | None:
         """`-n tokens` at depth `context`."""
         return self._bench("-p", "0", "-n", str(tokens), "-d", str(context))
+
+    def first_token(self, prompt: str, picture: str) -> float | None:
+        """llama-server's, of the second request: the first warms it up. Its caches of pictures and prompts are off."""
+        if self._projector is None:
+            return None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [
+            str(self._programs / "llama-server"), "-m", str(self._model), "--mmproj", str(self._projector),
+            "-t", str(available_cores()), "--host", "127.0.0.1", "--port", str(port), "--no-cache-prompt", "-c", "4096",
+        ]  # fmt: skip
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "stream": True}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self._wait_for(port, process)
+            return min(self._first_delta_s(port, body) for _ in range(2))
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"llama-server failed: {error}") from error
+        finally:
+            process.terminate()
+            process.wait()
+
+    @staticmethod
+    def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            with suppress(OSError):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            time.sleep(0.2)
+        raise Unavailable("llama-server does not start")
+
+    @staticmethod
+    def _first_delta_s(port: int, body: dict[str, Any]) -> float:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=RUN_WITHIN_S)
+        begun = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        for line in connection.getresponse():
+            data = line.decode(errors="replace").removeprefix("data: ").strip()
+            if data.startswith("{") and any(each["delta"].get("content") for each in json.loads(data)["choices"]):
+                return time.perf_counter() - begun
+        raise Unavailable("llama-server answered without text")
 
     def _bench(self, *options: str) -> float:
         told = self._run("llama-bench", *options, "-r", "1", "-o", "json", errors=subprocess.DEVNULL)

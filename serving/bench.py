@@ -31,6 +31,7 @@ from serving.child import child_service, post
 from serving.demo import first_sample
 
 WARM_UP_REQUESTS = 5
+FIRST_TOKEN_PROMPT = "What is this?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +112,10 @@ def run_bench(
     """
     sample, body = first_sample()
     asked = f"{sample['file']}: {sample['question']}"
-    if picture_px:
-        body = {"prompt": "What is this?", "images": [noise_url(picture_px)], "detail": "high", "max_tokens": 16}
-        asked = f"noise, {picture_px} px square, detail=high, 16 tokens: {body['prompt']}"
+    picture = noise_url(picture_px) if picture_px else None
+    if picture:
+        body = {"prompt": FIRST_TOKEN_PROMPT, "images": [picture], "detail": "high", "max_tokens": 16}
+        asked = f"noise, {picture_px} px square, detail=high, at most 16 tokens: {body['prompt']}"
     with Progress(console=console, transient=True) as progress:
         rows: list[dict[str, Any]] = []
         if scales:
@@ -136,6 +138,7 @@ def run_bench(
         "question": asked,
         "engine": rows,
         "stages": fastest["timings"],
+        "first_token": first_token_rows(fastest, others, picture) if picture else [],
         "tiles": sum(image["tiles"] for image in fastest["images"]),
         "prompt_tokens": fastest["usage"]["prompt_tokens"],
         "start_to_ready_s": round(ready_s, 2),
@@ -143,6 +146,17 @@ def run_bench(
         "loads": [asdict(load) for load in loads],
         "pareto": Bundle.load(folder).manifest.quality.get("pareto", []),
     }
+
+
+def first_token_rows(answer: dict[str, Any], others: Sequence[Contestant], picture: str) -> list[dict[str, Any]]:
+    """Milliseconds to the first token of one HTTP request each, ours first, and its ratio to each of the others."""
+    taken = {answer["target"]: float(answer["timings"]["ttft_ms"])}
+    for other in others:
+        seconds = other.first_token(FIRST_TOKEN_PROMPT, picture)
+        if seconds is not None:
+            taken[other.name] = seconds * 1000
+    ours = next(iter(taken.values()))
+    return [{"system": name, "ms": round(ms, 1), "ratio": round(ms / ours, 2)} for name, ms in taken.items()]
 
 
 def noise_url(side_px: int) -> str:
@@ -177,7 +191,7 @@ def bench_table(result: dict[str, Any], console: Console) -> None:
     console.print(f"{result['target']}  {result['question']}", markup=False)
     for row in result["engine"]:
         cells = [f"{name} {figure['best']:g} ({row['ratio_to'][name]:.2f}x)" for name, figure in row["figures"].items()]
-        console.print(f"{row['kind']} {row['size']}, {row['unit']}: " + "; ".join(cells), markup=False)
+        console.print(f"{row['kind']} {row['size']}, {row['unit']}: " + "; ".join(cells), markup=False, soft_wrap=True)
     table = Table(header_style="bold")
     for heading in ("clients", "n", "errors", "requests/s (answers / elapsed)", "p50 ms", "p95 ms (nearest rank)"):
         table.add_column(heading, justify="right")
@@ -187,6 +201,8 @@ def bench_table(result: dict[str, Any], console: Console) -> None:
         table.add_row(*map(str, values))
     if result["loads"]:
         console.print(table)
+    for row in result["first_token"]:
+        console.print(f"first token: {row['system']} {row['ms']:g} ms ({row['ratio']:.2f}x)", markup=False)
     stages = {name: value for name, value in result["stages"].items() if value is not None}
     console.print("one request: " + ", ".join(f"{name} {value:g}" for name, value in stages.items()), markup=False)
     peak = result["process_peak_bytes"] / 1e6

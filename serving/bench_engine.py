@@ -42,6 +42,10 @@ class Contestant(Protocol):
         """Decode `tokens` one after the other, behind `context` positions."""
         ...
 
+    def first_token(self, prompt: str, picture: str) -> float | None:
+        """To the first token of one HTTP request about a picture, given as a data URL; None without HTTP."""
+        ...
+
 
 class Scale(NamedTuple):
     """One kind of work and its sizes: tiles, positions of a prompt, or positions behind which is decoded."""
@@ -108,6 +112,10 @@ class BundleContestant:
         for token in ids:
             self._onnx.decode(self._onnx.embed([token]), cache)
         return time.perf_counter() - begun
+
+    def first_token(self, prompt: str, picture: str) -> float | None:
+        """Not here: the service has it among its timings."""
+        return None
 
     def _ids(self, count: int) -> list[int]:
         ids: list[int] = self._random.integers(0, self._onnx.shapes.vocab_size, count).tolist()

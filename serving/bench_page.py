@@ -11,6 +11,7 @@ from typing import Any
 Series = Mapping[str, Sequence[tuple[float, float]]]
 WIDTH, HEIGHT, MARGIN = 640, 300, 56
 COLOURS = ("#0b62c4", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c", "#475569")
+STAGES = ("queue_ms", "image_decode_ms", "preprocess_ms", "vision_ms", "prefill_ms", "decode_ms")
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -38,8 +39,10 @@ def write_page(result: Mapping[str, Any]) -> str:
     if loads:
         by_clients = {"requests per second": [(load["clients"], load["requests_per_second"]) for load in loads]}
         parts += ["<h2>Requests per second by clients</h2>", _plot(by_clients), _table(loads)]
-    stages = {name: value for name, value in result["stages"].items() if value is not None}
-    parts += ["<h2>Where one request's time goes, ms</h2>", _bars(stages)]
+    stages = {name: value for name, value in result["stages"].items() if name in STAGES and value is not None}
+    parts += ["<h2>Where one request's time goes, ms</h2>", f"<p>{_text(result['question'])}</p>", _bars(stages)]
+    if result["first_token"]:
+        parts += ["<h2>First token of that request over HTTP</h2>", _table(result["first_token"])]
     if result["pareto"]:
         parts += ["<h2>Recipes of this model, as its export measured them</h2>", _table(result["pareto"])]
     blob = json.dumps(result).replace("<", "\\u003c")
@@ -74,7 +77,7 @@ def _plot(series: Series) -> str:
     for share in (0.25, 0.5, 0.75, 1.0):
         y = place(left, top * share)[1]
         drawn.append(f'<path d="M{MARGIN} {y}H{WIDTH - MARGIN}" stroke="#8884"/>')
-        drawn.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{top * share:.4g}</text>')
+        drawn.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{top * share:.3g}</text>')
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in line))

@@ -358,16 +358,13 @@ def _baselines(checkpoint: Path | None, programs: Path | None, gguf: list[Path],
     """Other systems to run beside ours. They live with torch, which the runtime does without."""
     if checkpoint is None and programs is None:
         return []
-    if bool(programs) != bool(gguf):
-        fail("--llama-cpp and --gguf go together", status=2)
+    if programs and not gguf:
+        fail("--llama-cpp needs --gguf", status=2)
     try:
-        import torch
-
-        from export.baselines import LlamaCppContestant, TorchContestant
+        from export.baselines import LlamaCppContestant, torch_contestants
     except ModuleNotFoundError as error:
         fail(f"baselines need more packages ({error.name} is missing): pip install 'nearfar[export]'")
-    kinds = (torch.float32, torch.bfloat16) if checkpoint else ()
-    found: list[Any] = [TorchContestant(checkpoint, kind) for kind in kinds if checkpoint]
+    found: list[Any] = torch_contestants(checkpoint) if checkpoint else []
     return [*found, *(LlamaCppContestant(programs, file, mmproj) for file in gguf if programs)]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "export", "comparisons", "serving")
-MAX_MODULES = 60
+MAX_MODULES = 72  # while the parts of the family come in; 60 is what it goes back to
 MAX_LINES = 9_000
 
 # First-party imports run one way.

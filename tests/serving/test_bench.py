@@ -25,6 +25,9 @@ class Scripted:
     def decode(self, context: int, tokens: int) -> float | None:
         return None
 
+    def first_token(self, prompt: str, picture: str) -> float | None:
+        return None
+
 
 def test_the_first_run_warms_up_and_the_best_of_the_others_counts() -> None:
     near, far = Scripted("near", [9.0, 0.2, 0.1]), Scripted("far", [0.01, 0.4, 0.6])
@@ -65,6 +68,7 @@ def test_a_name_in_the_page_is_text() -> None:
     result = {
         "machine": {"processor": "<b>", "cores": 1, "instruction_sets": [], "system": "x"}, "date": "", "engine": [],
         "target": "</script><script>alert(1)</script>", "loads": [], "stages": {"total_ms": 1.0}, "pareto": [],
+        "question": "", "first_token": [],
     }  # fmt: skip
     text = write_page(result)
     assert "<script>alert" not in text
