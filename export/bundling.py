@@ -7,9 +7,11 @@ a rename.
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +31,7 @@ from models.bundle import (
     NAME,
     REQUIRED_GRAPHS,
     Bundle,
+    ExportFigures,
     FileEntry,
     GraphEntry,
     GraphName,
@@ -36,7 +39,7 @@ from models.bundle import (
     Source,
     sha256_of,
 )
-from models.errors import BadRequest
+from models.errors import BadRequest, NearfarError
 from models.onnx_model import OnnxModel
 from models.quality import QualityGateFailed
 
@@ -45,6 +48,7 @@ COPIED = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
 MADE_WITH = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8-fast": 2.6}  # on disk, generously; of all others 1.3
 
 
 def export_bundle(
@@ -63,9 +67,10 @@ def export_bundle(
 
     `auto_tile_px` belongs to `detail: auto` and defaults to the tile size. An existing `out` is replaced where it is
     empty or a bundle; with `overwrite` also where it is another folder. Raises BadRequest for wrong arguments,
-    CheckpointError for a folder that cannot be exported, QualityGateFailed where the graphs differ too much from torch;
-    `out` is then as it was before.
+    CheckpointError for a folder that cannot be exported, QualityGateFailed where the graphs differ too much from torch,
+    NearfarError where the disk is too small; `out` is then as it was before.
     """
+    began = time.monotonic()
     if recipe not in RECIPES:
         raise BadRequest(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}", param="recipe")
     source, out = source.resolve(), out.resolve()
@@ -78,6 +83,7 @@ def export_bundle(
     checkpoint, plan = load_checkpoint(source), RECIPES[recipe]
     processing = replace(checkpoint.processing, auto_tile_px=auto_tile_px or checkpoint.processing.auto_tile_px)
     with _folder_beside(out) as folder:
+        _check_space(checkpoint, recipe, folder)
         _write_texts(checkpoint, folder)
         _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
         draft = Manifest(
@@ -95,7 +101,8 @@ def export_bundle(
         )
         measured = _write_decoder(checkpoint, plan, folder, draft, show_progress)
         _write_config(checkpoint, folder)
-        manifest = measured.model_copy(update={"files": _hashes(folder)})
+        taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=_peak_bytes())
+        manifest = measured.model_copy(update={"files": _hashes(folder), "export": taken})
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _move_into_place(folder, out)
     return manifest
@@ -114,13 +121,37 @@ def _check_target(source: Path, out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder on the same file system as `out`, gone afterwards unless it was moved."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    """A hidden folder on the same file system as `out`, gone afterwards unless it was moved.
+
+    Raises NearfarError where the system refuses to write: a full disk, no permission.
+    """
+    folder = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         yield folder
+    except OSError as error:
+        raise NearfarError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_space(checkpoint: Checkpoint, recipe: str, folder: Path) -> None:
+    vision = sum(weight.numel() for weight in checkpoint.model.model.vision_model.parameters())
+    # The vision graph is written in float32 first, whatever becomes of it.
+    needed = 4 * vision + int(BYTES_PER_WEIGHT.get(recipe, 1.3) * checkpoint.shapes.parameters)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NearfarError(
+            f"the bundle needs about {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _peak_bytes() -> int:
+    """The largest memory this process has held so far, memory-mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _move_into_place(folder: Path, out: Path) -> None:

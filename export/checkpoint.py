@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
@@ -23,6 +25,8 @@ MODEL_CLASSES = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics
 TEXT_MODEL_TYPES = ("llama", "smollm3")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 END_OF_UTTERANCE = "<end_of_utterance>"
+PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+LARGE_PARAMETERS = 10**9  # from here on weights stay as they lie on disk, memory-mapped
 LANCZOS = 1  # `resample` in preprocessor_config.json
 
 
@@ -54,7 +58,11 @@ class FullTileEmbeddings(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A loaded checkpoint in float32, with what the runtime must know about it."""
+    """A loaded checkpoint, with what the runtime must know about it.
+
+    The model computes in float32. From LARGE_PARAMETERS on the text model's weights are the files' own, memory-mapped
+    in the precision they have there, and each module widens its own only while it runs.
+    """
 
     folder: Path
     model: Any  # SmolVLMForConditionalGeneration or Idefics3ForConditionalGeneration
@@ -70,7 +78,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     config = _read_json(folder, "config.json")
     _check_config(config, folder)
     weights = _weight_files(folder)
-    model = _load_model(MODEL_CLASSES[config["model_type"]], folder)
+    stored = _stored_weights(weights)
+    precision = _precision(stored)
+    model = _load_model(MODEL_CLASSES[config["model_type"]], folder, precision, stored)
+    if precision != torch.float32:
+        model.model.vision_model.float()  # these two are traced, which wants plain modules, and are small
+        model.model.connector.float()
+        _widen_while_running(model)
     vision = model.model.vision_model
     vision.embeddings = FullTileEmbeddings(vision.embeddings)
     processing = _processing(_read_json(folder, "preprocessor_config.json"), model.config.vision_config.image_size)
@@ -132,18 +146,74 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no model.safetensors")
 
 
-def _load_model(model_class: Any, folder: Path) -> Any:
+class StoredWeight(NamedTuple):
+    """What a safetensors header says of a weight."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
+def _stored_weights(files: Sequence[Path]) -> dict[str, StoredWeight]:
+    """Of all files together. Raises CheckpointError for a damaged file and for weights that are no floats."""
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  it is no dictionary
+                    weight = opened.get_slice(name)
+                    found[name] = StoredWeight(weight.get_dtype(), tuple(weight.get_shape()))
+        except Exception as error:  # the library's own kind, straight from Exception, and OSError
+            raise CheckpointError(f"{file} does not load: {str(error).splitlines()[0][:300]}") from error
+    strange = sorted({weight.kind for weight in found.values()} - PRECISIONS.keys())
+    if strange:
+        raise CheckpointError(f"{files[0].parent} has weights of type {', '.join(strange)}")
+    return found
+
+
+def _precision(stored: Mapping[str, StoredWeight]) -> torch.dtype:
+    """What to load the weights in."""
+    kinds = {weight.kind for weight in stored.values()}
+    large = sum(math.prod(weight.shape) for weight in stored.values()) >= LARGE_PARAMETERS
+    return PRECISIONS[kinds.pop()] if large and len(kinds) == 1 else torch.float32
+
+
+def _load_model(model_class: Any, folder: Path, precision: torch.dtype, stored: Mapping[str, StoredWeight]) -> Any:
     try:
         model, report = model_class.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            attn_implementation="sdpa", output_loading_info=True,
+            folder, dtype=precision, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise many kinds for damaged files
         raise CheckpointError(f"{folder} does not load: {str(error).splitlines()[0][:300]}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if report["mismatched_keys"]:
+        name = min(report["mismatched_keys"])
+        found, expected = list(stored[name].shape), list(model.get_parameter(name).shape)
+        raise CheckpointError(f"{folder}: {name} has shape {found}, config.json asks for {expected}")
+    # Buffers of older versions, such as inv_freq, may be left over. A weight without a place is another architecture.
+    unread = [name for name in report["unexpected_keys"] if name.endswith((".weight", ".bias"))]
+    for what, names in (("missing", report["missing_keys"]), ("unknown to config.json", unread)):
+        if names:
+            raise CheckpointError(f"{folder}: {len(names)} weights are {what}, the first is {min(names)}")
     return model.eval()
+
+
+def _widen_while_running(model: nn.Module) -> None:
+    """Let each module that holds weights in half precision have them in float32 while it runs, and then no longer."""
+
+    def widen(module: nn.Module, _inputs: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            stored[weight] = weight.data
+            weight.data = weight.data.float()
+
+    def restore(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            weight.data = stored.pop(weight)
+
+    stored: dict[nn.Parameter, torch.Tensor] = {}
+    for module in model.modules():
+        if any(weight.dtype != torch.float32 for weight in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(restore)
 
 
 def _processing(settings: dict[str, Any], image_size_px: int) -> ImageProcessing:

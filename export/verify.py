@@ -4,9 +4,10 @@ that torch gives greedily. The graphs run through the runtime that will serve th
 
 from __future__ import annotations
 
+import math
 import random
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,23 @@ from models.request import ImagePart, Message, Part, TextPart
 from models.tiny_scenes import scenes
 
 SEED = 20261121
-CASES = 24
 ANSWER_TOKENS = 24
+
+
+class Extent(NamedTuple):
+    """How much is asked of torch, which takes seconds a tile and a token with a large model."""
+
+    below_parameters: float
+    prompts: int
+    details: tuple[Detail, ...]  # in turn
+    answer_tokens: int
+
+
+EXTENTS = (
+    Extent(10**8, 24, ("auto", "low", "auto", "high"), ANSWER_TOKENS),
+    Extent(10**9, 6, ("low",), 16),
+    Extent(math.inf, 3, ("low",), 8),
+)
 
 
 def verify(cases: list[Case], model: OnnxModel, gate: Gate, *, show_progress: bool = True) -> dict[str, Any]:
@@ -30,27 +46,34 @@ def verify(cases: list[Case], model: OnnxModel, gate: Gate, *, show_progress: bo
     found = Differences()
     for case in tqdm(cases, desc="verify", unit="prompt", file=sys.stderr, disable=not show_progress):
         compare(case, model, found)
-    quality = summary(found, model.shapes.vocab_size, reference="torch", inputs="drawn scenes")
+    tiles = sorted({len(case.pixels) for case in cases})
+    inputs = f"drawn scenes of {tiles[0]}" + (f" to {tiles[-1]}" if len(tiles) > 1 else "") + " tiles"
+    quality = summary(found, model.shapes.vocab_size, reference="torch in float32", inputs=inputs)
     check(quality, gate)
     return quality
 
 
 def draw_cases(checkpoint: Checkpoint, processing: ImageProcessing, *, show_progress: bool = True) -> list[Case]:
-    """CASES prompts over held-out scenes: one tile and many, picture first and text first, one picture and two."""
+    """Prompts over held-out scenes: one tile and many, picture first and text first, one picture and two.
+
+    The larger the model, the fewer prompts, tiles and answer tokens.
+    """
     rng = random.Random(SEED)
-    details: tuple[Detail, ...] = ("auto", "low", "auto", "high")
+    extent = next(extent for extent in EXTENTS if checkpoint.shapes.parameters < extent.below_parameters)
     cases = []
-    for number in trange(CASES, desc="torch", unit="prompt", file=sys.stderr, disable=not show_progress):
+    for number in trange(extent.prompts, desc="torch", unit="prompt", file=sys.stderr, disable=not show_progress):
         pictures = 2 if number % 8 == 5 else 1
+        detail = extent.details[number % len(extent.details)]
         drawn = [scenes.draw_scene(rng, held_out=True) for _ in range(pictures)]
         asked = None
         while asked is None:
             asked = scenes.ASKERS[rng.choice(list(scenes.ASKERS))](drawn[0], rng)
-        tiled = [tile_image(scene.image, details[number % 4], processing) for scene in drawn]
+        tiled = [tile_image(scene.image, detail, processing) for scene in drawn]
         parts: list[Part] = [*(ImagePart(data=b"") for _ in drawn), TextPart(text=asked[0])]
         message = Message(role="user", parts=tuple(parts[::-1] if number % 6 == 4 else parts))
         ids = checkpoint.prompts.ids([message], [picture.grid for picture in tiled])
-        cases.append(reference(checkpoint, ids, np.concatenate([picture.pixels for picture in tiled])))
+        pixels = np.concatenate([picture.pixels for picture in tiled])
+        cases.append(reference(checkpoint, ids, pixels, extent.answer_tokens))
     return cases
 
 
@@ -62,17 +85,17 @@ def reference(checkpoint: Checkpoint, ids: list[int], pixels: Floats, tokens: in
         raise NearfarError(
             f"a prompt of {len(ids)} tokens leaves no room among {checkpoint.shapes.max_positions} positions"
         )
-    tiles = torch.from_numpy(pixels)[None]
+    features = model.model.get_image_features(torch.from_numpy(pixels)[None])
     prompt = torch.tensor([ids])
     generated = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=tiles, do_sample=False,
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), image_hidden_states=features, do_sample=False,
         max_new_tokens=min(tokens, room), eos_token_id=list(checkpoint.shapes.stop_token_ids), pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     return Case(
         ids=ids,
         pixels=pixels,
-        features=model.model.get_image_features(tiles).numpy(),
+        features=features.numpy(),
         answer=generated.sequences[0, len(ids) :].tolist(),
         logits=torch.cat(generated.logits).float().numpy(),
     )

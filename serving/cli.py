@@ -230,6 +230,8 @@ def export(
             notice=notice,
             overwrite=overwrite,
         )
+    except BadRequest as error:
+        fail(error.message, status=2)
     except NearfarError as error:
         fail(error.message)
     if as_json:
@@ -237,6 +239,8 @@ def export(
     else:
         size = sum(entry.bytes for entry in manifest.files.values())
         print(f"{out}: {manifest.name}@{manifest.recipe}, {size / 1e6:.1f} MB")
+        if manifest.export is not None:
+            print(f"  made in {manifest.export.seconds:.0f} s, peak memory {manifest.export.peak_bytes / 1e9:.1f} GB")
         for measure, value in manifest.quality.items():
             print(f"  {measure}: {value}")
 

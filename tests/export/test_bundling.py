@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from export import bundling, graphs
 from export.bundling import export_bundle
 from export.quantize import RECIPES
 from models.bundle import Bundle
-from models.errors import BadRequest
+from models.errors import BadRequest, NearfarError
 from models.onnx_model import OnnxModel
 from models.quality import QualityGateFailed
 
@@ -177,6 +180,36 @@ def test_four_bits_give_way_to_eight_until_the_gate_is_passed(
     assert {name for name in bits if bits[name] == 8} == {
         name for name in bits if "lm_head" in name or "down_proj" in name
     }
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+    tmp_path: Path, embedded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(bundling.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+    with pytest.raises(NearfarError, match=r"needs about 0\.0 GB, .* has 0\.0 GB free"):
+        export_bundle(embedded_checkpoint, recipe="fp32", out=tmp_path / "out", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path: Path, embedded_checkpoint: Path) -> None:
+    code = (
+        "import resource, sys; from serving.cli import app; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2); app(sys.argv[1:])"
+    )
+    asked = ["export", str(embedded_checkpoint), "--recipe", "fp32", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "cannot be written: File too large" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_says_what_making_it_took(exported: dict[str, Bundle]) -> None:
+    taken = exported["fp32"].manifest.export
+    assert taken is not None
+    assert taken.seconds > 0
+    assert taken.peak_bytes > 15_000_000  # the weights alone
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, embedded_checkpoint: Path) -> None:

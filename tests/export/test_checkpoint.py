@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from export import checkpoint
 from export.bundling import export_bundle
 from export.checkpoint import CheckpointError, load_checkpoint
 from models.errors import BadRequest
@@ -63,6 +66,59 @@ def test_damaged_weights_are_one_line(copy: Path) -> None:
     with pytest.raises(CheckpointError, match="does not load") as caught:
         load_checkpoint(copy)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda weights: weights.pop("model.connector.modality_projection.proj.weight"),
+            "1 weights are missing, .*proj",
+        ),
+        (lambda weights: weights.update({"model.text_model.layers.9.mlp.up_proj.weight": torch.ones(2)}), "unknown to"),
+        (
+            lambda weights: weights.update({"lm_head.weight": torch.ones(7, 192)}),
+            r"lm_head.weight has shape \[7, 192\]",
+        ),
+        (lambda weights: weights.update({"lm_head.weight": torch.ones(552, 192).to(torch.int8)}), "weights of type I8"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(
+    copy: Path, tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    weights = load_file(copy / "model.safetensors")
+    edit(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        export_bundle(copy, recipe="fp32", out=tmp_path / "out", show_progress=False)
+    assert "\n" not in caught.value.message
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_truncated_file_is_refused(copy: Path) -> None:
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(CheckpointError, match="does not load"):
+        load_checkpoint(copy)
+
+
+def test_a_large_checkpoint_in_half_precision_computes_as_in_float32(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        {name: weight.bfloat16() for name, weight in weights.items()}, copy / "model.safetensors", {"format": "pt"}
+    )
+    small = load_checkpoint(copy).model
+    monkeypatch.setattr(checkpoint, "LARGE_PARAMETERS", 1)
+    large = load_checkpoint(copy).model
+    assert large.model.text_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert small.model.text_model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    ids, pixels = torch.tensor([[1, 2, *[large.config.image_token_id] * 16, 5]]), torch.rand(1, 1, 3, 64, 64)
+    with torch.inference_mode():
+        expected, got = (model(input_ids=ids, pixel_values=pixels).logits for model in (small, large))
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)
+    assert large.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
