@@ -26,6 +26,7 @@ from rich.table import Table
 
 from models.bundle import Bundle
 from models.errors import Unavailable
+from models.machine import processor
 from serving.bench_engine import BundleContestant, Contestant, Scale, run_scales
 from serving.child import child_service, post
 from serving.demo import first_sample
@@ -169,15 +170,11 @@ def noise_url(side_px: int) -> str:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in facts.items()}
-    flags = named.get("flags", "").split()
+    name, instruction_sets = processor()
     return {
-        "processor": named.get("model name", platform.processor()),
+        "processor": name,
         "cores": os.cpu_count(),
-        "instruction_sets": [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if name in flags],
+        "instruction_sets": list(instruction_sets),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
     }

@@ -1,0 +1,68 @@
+"""What this machine is, and what was once found out about it: a file of small facts that outlive the process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
+
+
+class Processor(NamedTuple):
+    """Its name, and of its instruction sets those that inference kernels choose by."""
+
+    name: str
+    instruction_sets: tuple[str, ...]
+
+
+@cache
+def processor() -> Processor:
+    """From /proc/cpuinfo; elsewhere what Python's platform module says, without instruction sets."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return Processor(name, tuple(each for each in INSTRUCTION_SETS if each in flags))
+
+
+class Remembered:
+    """Facts in one JSON file, each under what it was found for: a changed processor, version or file asks anew.
+
+    A file that is damaged or cannot be written is the same as none: nothing here is worth failing for.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+
+    def get(self, what: str, found_for: Mapping[str, Any]) -> Any:
+        """The fact, or None."""
+        return self._read().get(_key(what, found_for))
+
+    def put(self, what: str, found_for: Mapping[str, Any], fact: Any) -> None:
+        """Keep a fact, over an earlier one. Of two processes at once, the later one's file stays."""
+        if self._file is None:
+            return
+        beside = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(self._read() | {_key(what, found_for): fact}, indent=1))
+            beside.replace(self._file)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._file.read_text()) if self._file else {}
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def _key(what: str, found_for: Mapping[str, Any]) -> str:
+    return f"{what} {hashlib.sha256(json.dumps(found_for, sort_keys=True).encode()).hexdigest()}"
