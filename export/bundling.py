@@ -22,26 +22,20 @@ from typing import Any
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import build_decoder, save_graph, write_embeddings
-from export.quantize import RECIPES, RecipePlan, quantize_decoder
-from export.verify import draw_cases, verify
+from export.decoders import DecoderWriter
+from export.graphs import write_embeddings
+from export.quantize import RECIPES, RecipePlan
 from export.vision import quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
     NAME,
-    REQUIRED_GRAPHS,
-    Bundle,
     ExportFigures,
     FileEntry,
-    GraphEntry,
-    GraphName,
     Manifest,
     Source,
     sha256_of,
 )
 from models.errors import BadRequest, NearfarError
-from models.onnx_model import OnnxModel
-from models.quality import QualityGateFailed
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -99,7 +93,7 @@ def export_bundle(
             made_with={package: version(package) for package in MADE_WITH},
             notice=notice,
         )
-        measured = _write_decoder(checkpoint, plan, folder, draft, show_progress)
+        measured = DecoderWriter(checkpoint, plan, folder, draft, show_progress).first_that_passes()
         _write_config(checkpoint, folder)
         taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=_peak_bytes())
         manifest = measured.model_copy(update={"files": _hashes(folder), "export": taken})
@@ -174,13 +168,9 @@ def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(checkpoint.folder / name, folder / name)
 
 
-def _graph_file(graph: GraphName, plan: RecipePlan) -> str:
-    return f"{graph}{plan.suffix}.onnx"
-
-
 def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folder: Path, show_progress: bool) -> None:
     folder.mkdir()
-    vision = folder / _graph_file("vision_encoder", plan)
+    vision = folder / plan.file("vision_encoder")
     with tqdm(total=2, desc="export", unit="graph", file=sys.stderr, disable=not show_progress) as bar:
         if plan.int8_vision_and_embeddings:
             with tempfile.TemporaryDirectory(dir=folder) as plain:
@@ -189,36 +179,9 @@ def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folde
         else:
             write_vision(checkpoint, vision)
         bar.update()
-        path = folder / _graph_file("embed_tokens", plan)
+        path = folder / plan.file("embed_tokens")
         write_embeddings(checkpoint, path, int8=plan.int8_vision_and_embeddings)
         bar.update()
-
-
-def _write_decoder(
-    checkpoint: Checkpoint, plan: RecipePlan, folder: Path, draft: Manifest, show_progress: bool
-) -> Manifest:
-    """Write the decoder as the first rung that passes the gate; returns the draft with graphs and quality filled in.
-
-    Raises the last rung's QualityGateFailed where none passes.
-    """
-    cases = draw_cases(checkpoint, draft.processing, show_progress=show_progress)
-    for eight_bit_parts in plan.eight_bit_ladder:
-        decoder = quantize_decoder(build_decoder(checkpoint), plan, eight_bit_parts)
-        save_graph(decoder, folder / "onnx" / _graph_file("decoder_model_merged", plan))
-        del decoder
-        weights = plan.weights(eight_bit_parts)
-        graphs = {
-            graph: GraphEntry(file=f"onnx/{_graph_file(graph, plan)}", weights=weights[graph])
-            for graph in REQUIRED_GRAPHS
-        }
-        measured = draft.model_copy(update={"graphs": graphs})
-        try:
-            quality = verify(cases, OnnxModel(Bundle(folder, measured)), plan.gate, show_progress=show_progress)
-        except QualityGateFailed as error:
-            failed = error
-        else:
-            return measured.model_copy(update={"quality": quality})
-    raise failed
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""The recipes as data, and how each graph's weights are stored under them.
+"""The recipes as data, and a decoder's matrices stored as they say, one matrix at a time.
 
-- Decoder: MatMulNBits by onnxruntime's own quantizer, weights in blocks, round to nearest, symmetric. accuracy_level 4
-  multiplies in int8; left unset, it costs half the speed on a CPU.
-- Vision: dynamic int8, in `export.vision`.
-- Embeddings: int8 with a scale per row, in `export.graphs`.
+- Decoder: MatMulNBits, symmetric, in blocks along the inputs. accuracy_level 4 multiplies in int8; left unset, it costs
+  half the speed on a CPU. 8 bits are rounded to nearest, 4 bits by GPTQ (`export.rounding`).
+- Prompt step of its own, where a recipe has one: dynamic int8, see `int8_prompt_decoder`.
+- Vision: dynamic int8, in `export.vision`. Embeddings: int8 with a scale per row, in `export.graphs`.
 """
 
 from __future__ import annotations
@@ -12,87 +12,205 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import onnx
-import onnx_ir
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
+from export.graphs import LM_HEAD
+from export.rounding import Rounded, block_size, round_to_nearest
 from models.bundle import GraphName, Recipe
 from models.quality import GATES, Gate
 
 ACCURACY_LEVEL_INT8 = 4
-SMALLEST_BLOCK = 16
+MICROSOFT = "com.microsoft"
+# 7 bits: without VNNI (AVX2) the kernels add two u8 * s8 products in 16 bits, which saturates at 8. SmolLM2-135M's mean
+# KL with all matrices but lm_head so multiplied, simulated in torch: 0.042, with 8 bits 0.031.
+PROMPT_LEVELS = 63
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan:
+    """How a decoder's matrices are stored: `bits` None is float32.
+
+    `eight_bit_parts` names, by parts of their names, matrices that take 8 bits all the same, in blocks of 128.
+    `int8_prompt`: the prompt step has a graph of its own.
+    """
+
+    bits: int | None = None
+    block: int = 128
+    eight_bit_parts: tuple[str, ...] = ()
+    int8_prompt: bool = False
+
+    def bits_and_block(self, name: str) -> tuple[int, int]:
+        """Of the matrix of that name; None bits are asked for nothing."""
+        if self.bits == 8 or any(part in name for part in self.eight_bit_parts):
+            return 8, 128
+        return self.bits or 32, self.block
+
+    def in_words(self) -> dict[GraphName, str]:
+        if self.bits is None:
+            return {"decoder_model_merged": "float32"}
+        method = ", GPTQ" if self.bits == 4 else ""
+        words = f"{self.bits}-bit MatMulNBits in blocks of at most {self.block}{method}"
+        found: dict[GraphName, str] = {
+            "decoder_model_merged": words + "".join(f"; {part} in 8 bits" for part in self.eight_bit_parts)
+        }
+        if self.int8_prompt:
+            found["decoder_prompt"] = "dynamic int8 per row, 7 bits signed per channel; lm_head in 8-bit MatMulNBits"
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipePlan:
-    """One recipe: file suffix, bits of the decoder's matrices, and the gate its bundle must pass.
-
-    `eight_bit_ladder` names, by parts of their names, matrices that stay at 8 bits all the same. Its rungs are tried in
-    order until the gate is passed: large models stand 4 bits everywhere, the smallest do not. (SmolLM2-135M's weights
-    over 2,048 tokens of English prose, mean KL by rung: 0.37, 0.24, 0.11; in 8 bits everywhere 0.009.)
-    """
+    """One recipe: file suffix, the gate its bundle must pass, and the decoders to try in order until one passes."""
 
     suffix: str
     gate: Gate
+    decoders: tuple[DecoderPlan, ...]
     int8_vision_and_embeddings: bool = True
-    decoder_bits: int | None = None
-    decoder_block: int = 128
-    eight_bit_ladder: tuple[tuple[str, ...], ...] = ((),)
 
-    def weights(self, eight_bit_parts: tuple[str, ...]) -> dict[GraphName, str]:
-        """In words, how each graph's weights are stored on that rung."""
-        if self.decoder_bits is None:
-            return {"vision_encoder": "float32", "embed_tokens": "float32", "decoder_model_merged": "float32"}
-        decoder = f"{self.decoder_bits}-bit MatMulNBits in blocks of at most {self.decoder_block}"
-        return {
-            "vision_encoder": "MatMul in dynamic int8, 7 bits signed per channel; the rest float32",
-            "embed_tokens": "int8, one scale per row",
-            "decoder_model_merged": decoder + "".join(f"; {part} in 8 bits" for part in eight_bit_parts),
-        }
+    def file(self, graph: GraphName) -> str:
+        return f"{graph}{self.suffix}.onnx"
+
+    def in_words(self) -> dict[GraphName, str]:
+        """How the graphs beside the decoder store their weights."""
+        if not self.int8_vision_and_embeddings:
+            return {"vision_encoder": "float32", "embed_tokens": "float32"}
+        vision = "MatMul in dynamic int8, 7 bits signed per channel; the rest float32"
+        return {"vision_encoder": vision, "embed_tokens": "int8, one scale per row"}
 
 
 RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
     {
-        "fp32": RecipePlan(suffix="", gate=GATES["fp32"], int8_vision_and_embeddings=False),
-        "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoder_bits=8),
+        "fp32": RecipePlan(
+            suffix="", gate=GATES["fp32"], decoders=(DecoderPlan(),), int8_vision_and_embeddings=False
+        ),
+        "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoders=(DecoderPlan(bits=8),)),
         "int4": RecipePlan(
             suffix="_q4",
             gate=GATES["int4"],
-            decoder_bits=4,
-            decoder_block=32,
-            eight_bit_ladder=((), ("lm_head", "down_proj"), ("lm_head", "down_proj", "attn")),
+            decoders=(
+                DecoderPlan(bits=4),
+                DecoderPlan(bits=4, block=32, eight_bit_parts=("lm_head",)),
+                DecoderPlan(bits=4, block=32, eight_bit_parts=("lm_head", "down_proj")),
+            ),
         ),
     }
-)
+)  # fmt: skip
 
 
-def quantize_decoder(model: onnx_ir.Model, plan: RecipePlan, eight_bit_parts: tuple[str, ...] = ()) -> onnx_ir.Model:
-    """The decoder with its constant matrices as the plan says."""
-    if plan.decoder_bits is None:
-        return model
-    decoder: onnx.ModelProto = onnx_ir.to_proto(model)
-    rows_of = {tensor.name: tensor.dims[0] for tensor in decoder.graph.initializer}
-    choices: dict[str, tuple[int, int]] = {}  # of each node: bits and block size
-    for node in decoder.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in rows_of:
-            eight = any(part in node.name for part in eight_bit_parts)
-            bits, most = (8, 128) if eight else (plan.decoder_bits, plan.decoder_block)
-            choices[node.name] = bits, _block_size(rows_of[node.input[1]], most)
-    for bits, block_size in sorted(set(choices.values())):
-        config = DefaultWeightOnlyQuantConfig(
-            block_size=block_size, is_symmetric=True, accuracy_level=ACCURACY_LEVEL_INT8, bits=bits
+def quantize_decoder(decoder: ir.Model, plan: DecoderPlan, calibrated: Mapping[str, Rounded]) -> None:
+    """Store the decoder's constant matrices as the plan says, in place.
+
+    4-bit matrices are taken from `calibrated` by node name where they stand there, all others rounded to nearest.
+    """
+    if plan.bits is None:
+        return
+    for node in _constant_products(decoder):
+        bits, most = plan.bits_and_block(str(node.name))
+        matrix = calibrated.get(str(node.name)) if bits == 4 else None
+        _store(node, matrix or _nearest(node, bits, most))
+
+
+def _nearest(node: ir.Node, bits: int, most: int) -> Rounded:
+    weight = _weight(node)
+    return round_to_nearest(weight, bits=bits, block=block_size(weight.shape[1], most))
+
+
+def int8_prompt_decoder(decoder: ir.Model) -> None:
+    """Make the decoder one for prompt steps, in place: dynamic int8, which reaches the integer matrix units.
+
+    DynamicQuantizeMatMul takes one scale for all that it is fed, and a few positions' down_proj inputs are a thousand
+    times as large as all others'. So each row is divided by its largest number first, and its product multiplied by
+    that. lm_head sees one position, and stays in 8-bit MatMulNBits.
+    """
+    rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for node in _constant_products(decoder):
+        if node.name == LM_HEAD:
+            _store(node, _nearest(node, 8, 128))
+            continue
+        fed = node.inputs[0]
+        assert fed is not None
+        if fed not in rows:
+            rows[fed] = _divided_by_largest(decoder.graph, node, fed)
+        divided, largest = rows[fed]
+        weight = _weight(node)
+        scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / PROMPT_LEVELS
+        codes = (weight / scales[:, None]).round_().to(torch.int8).T
+        node.op_type, node.domain = "DynamicQuantizeMatMul", MICROSOFT
+        node.replace_input_with(0, divided)
+        _replace_constants(node, {"codes": codes, "scales": scales})
+        product = node.outputs[0]
+        restored = ir.node("Mul", [product, largest], name=f"{node.name}/restored")
+        product.replace_all_uses_with(restored.outputs[0])
+        restored.replace_input_with(0, product)
+        decoder.graph.insert_after(node, restored)
+
+
+def _divided_by_largest(graph: ir.Graph, before: ir.Node, fed: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """[.., row, input] with every row in -1 .. 1, and [.., row, 1] that it was divided by."""
+    title = f"{fed.name}/rows"
+    last = ir.val(f"{title}/axis", const_value=ir.tensor(np.array([-1], np.int64), name=f"{title}/axis"))
+    least = ir.val(f"{title}/least", const_value=ir.tensor(np.float32(1e-12), name=f"{title}/least"))
+    for constant in (last, least):
+        graph.register_initializer(constant)
+    size = ir.node("Abs", [fed], name=f"{title}/Abs")
+    reduced = ir.node("ReduceMax", [size.outputs[0], last], {"keepdims": 1}, name=f"{title}/ReduceMax")
+    largest = ir.node("Max", [reduced.outputs[0], least], name=f"{title}/Max")
+    divided = ir.node("Div", [fed, largest.outputs[0]], name=f"{title}/Div")
+    graph.insert_before(before, [size, reduced, largest, divided])
+    return divided.outputs[0], largest.outputs[0]
+
+
+def _constant_products(decoder: ir.Model) -> list[ir.Node]:
+    return [node for node in decoder.graph if node.op_type == "MatMul" and _constant(node) is not None]
+
+
+def _constant(node: ir.Node) -> ir.TensorProtocol | None:
+    value = node.inputs[1]
+    return value.const_value if value is not None else None
+
+
+def _weight(node: ir.Node) -> torch.Tensor:
+    """[output, input], float32."""
+    constant = _constant(node)
+    assert constant is not None
+    return torch.from_numpy(constant.numpy().astype(np.float32)).T
+
+
+def _store(node: ir.Node, matrix: Rounded) -> None:
+    """Make a MatMulNBits of a MatMul. Two 4-bit codes share a byte, the first in its lower half."""
+    outputs, inputs = matrix.codes.shape
+    packed = matrix.codes.view(*matrix.scales.shape, -1)
+    if matrix.bits == 4:
+        packed = packed[..., ::2] | packed[..., 1::2] << 4
+    node.op_type, node.domain = "MatMulNBits", MICROSOFT
+    attributes = {
+        "K": inputs,
+        "N": outputs,
+        "bits": matrix.bits,
+        "block_size": inputs // matrix.scales.shape[1],
+        "accuracy_level": ACCURACY_LEVEL_INT8,
+    }
+    for name, number in attributes.items():
+        node.attributes[name] = ir.AttrInt64(name, number)
+    _replace_constants(node, {f"codes{matrix.bits}": packed, "scales": matrix.scales})
+
+
+def _replace_constants(node: ir.Node, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a node these constants for its second input and those after it."""
+    graph, old = node.graph, node.inputs[1]
+    assert isinstance(graph, ir.Graph)
+    assert old is not None
+    node.resize_inputs(1 + len(tensors))
+    for place, (name, tensor) in enumerate(tensors.items(), start=1):
+        title = f"{old.name}.{name}"
+        constant = TorchTensor(tensor.contiguous(), title)
+        value = ir.Value(
+            name=title, type=ir.TensorType(constant.dtype), shape=ir.Shape(tensor.shape), const_value=constant
         )
-        others = [name for name, choice in choices.items() if choice != (bits, block_size)]
-        quantizer = MatMulNBitsQuantizer(decoder, bits=bits, nodes_to_exclude=others, algo_config=config)
-        quantizer.process()
-        decoder = quantizer.model.model
-    quantized: onnx_ir.Model = onnx_ir.from_proto(decoder)
-    return quantized
-
-
-def _block_size(rows: int, most: int) -> int:
-    """The largest block that divides a matrix's rows: a remainder would be padded to a whole block of zeros."""
-    block = most
-    while rows % block and block > SMALLEST_BLOCK:
-        block //= 2
-    return block
+        graph.register_initializer(value)
+        node.replace_input_with(place, value)
+    if not old.uses():
+        del graph.initializers[str(old.name)]

@@ -85,8 +85,9 @@ class Differences:
 
 def compare(case: Case, model: OnnxModel, found: Differences) -> None:
     """Feed the prompt and then the reference's answer, token by token, and note how features and logits differ."""
-    features = model.encode_tiles(case.pixels)
-    found.add_features(case.features, features)
+    features = model.encode_tiles(case.pixels) if len(case.pixels) else None
+    if features is not None:
+        found.add_features(case.features, features)
     cache = model.new_cache(len(case.ids) + len(case.answer))
     embeds = model.embed(case.ids, features)
     for token, expected in zip(case.answer, case.logits, strict=True):
@@ -99,8 +100,8 @@ def summary(found: Differences, vocabulary: int, *, reference: str, inputs: str)
     """Figures and, beside them, what each one is. `reference` and `inputs` name what was compared with, over what."""
     entropy_share = float(np.mean(found.entropy)) / float(np.log(vocabulary))
     untrained = entropy_share >= RANDOM_ENTROPY_SHARE
-    return {
-        "inputs": f"{found.prompts} prompts about {inputs}, {reference}'s greedy answers, {len(found.kl)} positions",
+    figures = {
+        "inputs": f"{found.prompts} prompts about {inputs}, {len(found.kl)} positions",
         "mean_kl": None if untrained else float(np.mean(found.kl)),
         "mean_kl_is": f"mean over positions of KL({reference} || exported) in nats, through vision, embeddings and "
         "decoder",
@@ -110,19 +111,28 @@ def summary(found: Differences, vocabulary: int, *, reference: str, inputs: str)
         f"{RANDOM_ENTROPY_SHARE} on the weights count as random, and KL and top-1 say nothing",
         "top1_agreement": float(np.mean(found.same_top)),
         "max_logit_error": float(np.max(found.logit_error)),
-        "vision_cosine_mean": float(np.mean(found.cosine)),
-        "vision_cosine_min": float(np.min(found.cosine)),
     }
+    if found.cosine:
+        figures |= {
+            "vision_cosine_mean": float(np.mean(found.cosine)),
+            "vision_cosine_min": float(np.min(found.cosine)),
+        }
+    return figures
 
 
 def check(quality: Mapping[str, Any], gate: Gate) -> None:
-    """Raises QualityGateFailed, which names the figure and its bound. Logits that are no numbers fail every gate."""
+    """Raises QualityGateFailed, which names the figure and its bound. Logits that are no numbers fail every gate.
+
+    Figures over text alone, where there are any, stand under `text` and pass the same gate.
+    """
     if not math.isfinite(quality["max_logit_error"]):
         raise QualityGateFailed("the graphs give logits that are infinite or no numbers")
     for name, bound, unit in (("mean_kl", gate.max_mean_kl, "nats"), ("max_logit_error", gate.max_logit_error, "")):
         figure = quality[name]
         if bound is not None and figure is not None and not figure <= bound:
             raise QualityGateFailed(f"{name} is {figure:.4g} {unit}".rstrip() + f", at most {bound:g} is allowed")
+    if "text" in quality:
+        check(quality["text"], gate)
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:

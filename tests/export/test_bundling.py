@@ -16,7 +16,7 @@ import onnx_ir
 import onnxruntime as ort
 import pytest
 
-from export import bundling, graphs
+from export import bundling, decoders, graphs
 from export.bundling import export_bundle
 from export.quantize import RECIPES
 from models.bundle import Bundle
@@ -125,7 +125,8 @@ def test_a_broken_graph_leaves_nothing_behind(
         scale.const_value = onnx_ir.tensor(-scale.const_value.numpy(), name=scale.name)  # every logit changes its sign
         return decoder
 
-    monkeypatch.setattr(bundling, "build_decoder", broken)
+    monkeypatch.setattr(decoders, "build_decoder", broken)
+    monkeypatch.setattr(decoders, "calibrate", lambda *_, **__: {})
     with pytest.raises(QualityGateFailed, match=r"is [\d.]+.*at most 0\.\d+ is allowed"):
         export_bundle(embedded_checkpoint, recipe=recipe, out=tmp_path / "out", show_progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -137,8 +138,8 @@ def test_a_failed_export_keeps_the_bundle_that_was_there(
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text("the old one")
-    monkeypatch.setattr(bundling, "draw_cases", lambda *_, **__: [])
-    monkeypatch.setattr(bundling, "verify", lambda *_, **__: (_ for _ in ()).throw(QualityGateFailed("no")))
+    monkeypatch.setattr(decoders, "draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr(decoders, "verify", lambda *_, **__: (_ for _ in ()).throw(QualityGateFailed("no")))
     with pytest.raises(QualityGateFailed):
         export_bundle(embedded_checkpoint, recipe="fp32", out=out, show_progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -146,8 +147,8 @@ def test_a_failed_export_keeps_the_bundle_that_was_there(
 
 
 def test_a_bundle_replaces_a_bundle(tmp_path: Path, embedded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundling, "draw_cases", lambda *_, **__: [])
-    monkeypatch.setattr(bundling, "verify", lambda *_, **__: {})
+    monkeypatch.setattr(decoders, "draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr(decoders, "verify", lambda *_, **__: {})
     for name in ("one", "two"):
         manifest = export_bundle(
             embedded_checkpoint, recipe="fp32", out=tmp_path / "out", name=name, show_progress=False,
@@ -169,17 +170,16 @@ def test_four_bits_give_way_to_eight_until_the_gate_is_passed(
             raise QualityGateFailed("mean_kl is 0.4 nats, at most 0.2 is allowed")
         return {}
 
-    monkeypatch.setattr(bundling, "draw_cases", lambda *_, **__: [])
-    monkeypatch.setattr(bundling, "verify", passes_at_the_second)
+    monkeypatch.setattr(decoders, "draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr(decoders, "verify", passes_at_the_second)
+    monkeypatch.setattr(decoders, "calibrate", lambda *_, **__: {})
     manifest = export_bundle(embedded_checkpoint, recipe="int4", out=tmp_path / "out", show_progress=False)
-    assert manifest.graphs["decoder_model_merged"].weights.endswith("; lm_head in 8 bits; down_proj in 8 bits")
+    assert manifest.graphs["decoder_model_merged"].weights.endswith("; lm_head in 8 bits")
     bits = {}
     for node in onnx.load(tmp_path / "out" / "onnx" / "decoder_model_merged_q4.onnx").graph.node:
         if node.op_type == "MatMulNBits":
             bits[node.name] = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
-    assert {name for name in bits if bits[name] == 8} == {
-        name for name in bits if "lm_head" in name or "down_proj" in name
-    }
+    assert {name for name in bits if bits[name] == 8} == {"/lm_head/MatMul"}
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
