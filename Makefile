@@ -56,8 +56,8 @@ clean:  ## remove the environments and all that tools left behind
 	@test -x .venv-test/bin/python || { echo "== making .venv-test"; $(PYTHON) -m venv .venv-test; }
 	@echo "== installing torch into .venv-test (a minute or two the first time)"
 	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
-	@echo "== installing nearfar[hosted,export,dev] into .venv-test (a minute or two the first time)"
-	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,export,dev]'
+	@echo "== installing nearfar[hosted,openvino,export,dev] into .venv-test (a minute or two the first time)"
+	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,openvino,export,dev]'
 	@touch $@
 
 # The page's tests drive a browser. Without one they would be skipped, and nobody would know.

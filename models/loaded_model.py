@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.bundle import Bundle
+from models.machine import Remembered
 from models.onnx_model import ExecutionProvider, OnnxModel
+from models.openvino_vision import VisionBackend, use_fastest
 from models.prompt import PromptRenderer
 from models.tokenizer import TextTokenizer
 
@@ -20,12 +22,21 @@ class LoadedModel:
     renderer: PromptRenderer
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> LoadedModel:
-        """Check and open a bundle. Raises BundleError."""
+    def load(
+        cls,
+        folder: Path,
+        *,
+        threads: int = 0,
+        provider: ExecutionProvider = "cpu",
+        vision: VisionBackend = "onnxruntime",
+        remembered: Remembered | None = None,
+    ) -> LoadedModel:
+        """Check and open a bundle. `remembered` keeps what was found out about this machine. Raises BundleError."""
         bundle = Bundle.load(folder)
         tokenizer = TextTokenizer(folder / "tokenizer.json")
         renderer = PromptRenderer.from_folder(folder, tokenizer, bundle.manifest.shapes.image_tokens_per_tile)
         onnx = OnnxModel(bundle, threads=threads, provider=provider)
+        use_fastest(onnx, vision, remembered or Remembered(None), threads=threads)
         return cls(onnx=onnx, tokenizer=tokenizer, renderer=renderer)
 
     @property

@@ -7,7 +7,7 @@ logits out. Not safe for concurrent use: one thread owns a model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +147,7 @@ class OnnxModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graphs = {name: _Graph(bundle.graph(name), options, providers) for name in bundle.manifest.graphs}
         self._vision, self._embed = graphs["vision_encoder"], graphs["embed_tokens"]
+        self.encoder: Callable[[Floats], Floats] = self._encode  # another runtime may do this part
         self._decoder = graphs["decoder_model_merged"]
         self._prompt = graphs.get("decoder_prompt", self._decoder)
         self._vision.check({"pixel_values"}, {"pixel_attention_mask"}, "image_features")
@@ -169,6 +170,9 @@ class OnnxModel:
 
     def encode_tiles(self, pixels: Floats) -> Floats:
         """[tile, 3, height, width] -> image features [tile, image token, hidden]."""
+        return self.encoder(pixels)
+
+    def _encode(self, pixels: Floats) -> Floats:
         mask = np.ones((1, len(pixels), *pixels.shape[2:]), dtype=bool)
         return self._vision.run("image_features", {"pixel_values": pixels[np.newaxis], "pixel_attention_mask": mask})
 

@@ -23,6 +23,7 @@ from models.answerer import collect
 from models.bundle import Bundle
 from models.errors import NearfarError, Unavailable
 from models.loaded_model import LoadedModel
+from models.machine import Remembered
 from models.request import AnswerRequest, GenerationSettings, question
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
@@ -57,7 +58,11 @@ class Services:
         """Load every model and build the targets. A failure is kept as the reason why the service is not ready."""
         try:
             load = functools.partial(
-                LoadedModel.load, threads=self.settings.threads, provider=self.settings.execution_provider
+                LoadedModel.load,
+                threads=self.settings.threads,
+                provider=self.settings.execution_provider,
+                vision=self.settings.vision_backend,
+                remembered=Remembered(self.settings.data_dir / "machine.json"),
             )
             folders = model_folders(self.settings)
             self._models = [await asyncio.to_thread(load, folder) for folder in folders]

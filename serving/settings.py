@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from comparisons.egress import is_loopback_host
 from models.onnx_model import ExecutionProvider
+from models.openvino_vision import VisionBackend
 from models.request import Policy
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -47,6 +48,9 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="Host header values beyond loopback's")
     threads: int = Field(0, ge=0, description="threads per model, 0: one a core")
     execution_provider: ExecutionProvider = Field("auto", description="cpu, cuda, or auto: CUDA where it is there")
+    vision_backend: VisionBackend = Field(
+        "auto", description="onnxruntime, openvino, or auto: OpenVINO where it is installed and was measured faster"
+    )
     max_waiting: int = Field(64, ge=1, description="requests in hand before new ones get 429")
     max_running: int = Field(4, ge=1, description="requests that decode in turn")
     max_body_bytes: int = Field(64 * 2**20, ge=1024)

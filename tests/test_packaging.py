@@ -152,7 +152,7 @@ def test_every_import_of_the_product_is_declared() -> None:
     for path in module_files():
         module = module_name(path)
         scripts = ("models.tiny_scenes.train", "models.tiny_scenes.evaluate")  # run from a checkout, with [export]
-        allowed = with_export if module.startswith("export") or module in scripts else declared
+        allowed = with_export if module.startswith("export") or module in scripts else declared | names_of(own)
         for imported in imports_of(path.read_text(), module):
             top = imported.module.partition(".")[0]
             if top and top not in sys.stdlib_module_names and top not in PACKAGES:

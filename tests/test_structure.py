@@ -35,6 +35,7 @@ HOMES = {
     "onnx_ir": ("export",),
     "onnxscript": ("export",),
     "onnxruntime_genai": ("export",),
+    "openvino": ("models.openvino_vision",),
     "onnxruntime": ("export", "models.onnx_model"),
     "tokenizers": ("export", "models.tokenizer", *TRAINING),
     "fastapi": ("serving.api", "serving.app"),
