@@ -29,7 +29,7 @@ LEAST_COSINE = 0.999  # of each image token with ONNX Runtime's
 
 
 class OpenVinoEncoder:
-    """The vision graph compiled for the CPU. Raises Unavailable without OpenVINO, or where it does not take the graph."""
+    """The vision graph compiled for the CPU. Raises Unavailable without OpenVINO or where it refuses the graph."""
 
     def __init__(self, graph: Path, *, threads: int = 0) -> None:
         try:
