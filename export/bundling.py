@@ -50,6 +50,7 @@ def export_bundle(
     *,
     recipe: str,
     out: Path,
+    adapter: Path | None = None,
     name: str | None = None,
     license: str | None = None,
     auto_tile_px: int | None = None,
@@ -57,7 +58,7 @@ def export_bundle(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Manifest:
-    """Export the checkpoint folder `source` into the bundle folder `out` and return its manifest.
+    """Export the checkpoint folder `source`, with `adapter` merged, into the folder `out` and return its manifest.
 
     `auto_tile_px` belongs to `detail: auto` and defaults to the tile size. An existing `out` is replaced where it is
     empty or a bundle; with `overwrite` also where it is another folder. Raises BadRequest for wrong arguments,
@@ -74,7 +75,7 @@ def export_bundle(
     if auto_tile_px is not None and auto_tile_px < 1:
         raise BadRequest(f"auto_tile_px must be at least 1, got {auto_tile_px}", param="auto_tile_px")
     _check_target(source, out, overwrite)
-    checkpoint, plan = load_checkpoint(source), RECIPES[recipe]
+    checkpoint, plan = load_checkpoint(source, adapter), RECIPES[recipe]
     processing = replace(checkpoint.processing, auto_tile_px=auto_tile_px or checkpoint.processing.auto_tile_px)
     with _folder_beside(out) as folder:
         _check_space(checkpoint, recipe, folder)
@@ -84,7 +85,7 @@ def export_bundle(
             format=1,
             name=name,
             recipe=recipe,
-            source=Source(name=source.name, sha256=checkpoint.weights_sha256, license=license),
+            source=Source(name=_source_name(source, adapter), sha256=checkpoint.weights_sha256, license=license),
             shapes=checkpoint.shapes,
             processing=processing,
             graphs={},
@@ -100,6 +101,10 @@ def export_bundle(
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _move_into_place(folder, out)
     return manifest
+
+
+def _source_name(source: Path, adapter: Path | None) -> str:
+    return source.name if adapter is None else f"{source.name} with adapter {adapter.resolve().name}"
 
 
 def _check_target(source: Path, out: Path, overwrite: bool) -> None:
@@ -180,7 +185,7 @@ def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folde
             write_vision(checkpoint, vision)
         bar.update()
         path = folder / plan.file("embed_tokens")
-        write_embeddings(checkpoint, path, int8=plan.int8_vision_and_embeddings)
+        write_embeddings(checkpoint, path, weights="int8" if plan.int8_vision_and_embeddings else "float32")
         bar.update()
 
 

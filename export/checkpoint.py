@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
@@ -27,6 +29,17 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 END_OF_UTTERANCE = "<end_of_utterance>"
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LARGE_PARAMETERS = 10**9  # from here on weights stay as they lie on disk, memory-mapped
+ADAPTER_SETTINGS = "adapter_config.json"
+LORA_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+LORA_SETTINGS = {  # those that are read, and those that matter in training alone
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern", "lora_dropout",
+    "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "auto_mapping", "peft_version", "qalora_group_size", "eva_config",
+}  # fmt: skip
+LORA_VALUES = {  # the other ways to begin (pissa, olora, corda, loftq) change the checkpoint too
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",),
+    "megatron_core": ("megatron.core",),
+}  # fmt: skip
 LANCZOS = 1  # `resample` in preprocessor_config.json
 
 
@@ -73,14 +86,19 @@ class Checkpoint:
     weights_sha256: str
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load and check a folder in the hub's layout. Raises CheckpointError where it is not one, or not exportable."""
+def load_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
+    """Load and check a folder in the hub's layout, with the PEFT LoRA adapter of another folder merged into it.
+
+    Raises CheckpointError where either is not what it should be, or cannot be exported.
+    """
     config = _read_json(folder, "config.json")
     _check_config(config, folder)
     weights = _weight_files(folder)
     stored = _stored_weights(weights)
     precision = _precision(stored)
     model = _load_model(MODEL_CLASSES[config["model_type"]], folder, precision, stored)
+    if adapter is not None:
+        weights += _merge_adapter(model, adapter)
     if precision != torch.float32:
         model.model.vision_model.float()  # these two are traced, which wants plain modules, and are small
         model.model.connector.float()
@@ -214,6 +232,46 @@ def _widen_while_running(model: nn.Module) -> None:
         if any(weight.dtype != torch.float32 for weight in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(restore)
+
+
+def _merge_adapter(model: Any, folder: Path) -> list[Path]:
+    """Add scale * B A to each matrix that the adapter names; returns the adapter's files. https://arxiv.org/abs/2106.09685
+
+    Raises CheckpointError for anything that is not understood, rather than merge a part of an adapter.
+    """
+    settings, file = folder / ADAPTER_SETTINGS, folder / "adapter_model.safetensors"
+    config = _adapter_config(folder)
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {file.name}; adapters stored as pickle are refused")
+    _stored_weights([file])
+    factors = load_file(file)
+    for name in sorted(factors):
+        found = LORA_FACTOR.fullmatch(name)
+        module = dict(model.named_modules()).get(found["module"]) if found else None
+        b, a = factors.get(name.replace(".lora_A.", ".lora_B.")), factors.get(name.replace(".lora_B.", ".lora_A."))
+        if not isinstance(module, nn.Linear) or a is None or b is None:
+            raise CheckpointError(
+                f"{file}: {name} belongs to no linear layer of the checkpoint, or lacks its other half"
+            )
+        if module.weight is model.get_input_embeddings().weight:
+            raise CheckpointError(f"{file}: {name} would change the embeddings, which the checkpoint ties to it")
+        if a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != module.weight.shape:
+            raise CheckpointError(f"{file}: {name} does not fit a weight of shape {list(module.weight.shape)}")
+        if found and found["factor"] == "A":
+            rank = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
+            change = config["lora_alpha"] / rank * (b.float() @ a.float())
+            module.weight.data = (module.weight.data.float() + change).to(module.weight.dtype)
+    return [settings, file]
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder, ADAPTER_SETTINGS)
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
+        raise CheckpointError(f"{folder / ADAPTER_SETTINGS} describes no LoRA adapter")
+    for key, value in config.items():
+        if value and key not in LORA_SETTINGS and value not in LORA_VALUES.get(key, ()):
+            raise CheckpointError(f"{folder / ADAPTER_SETTINGS}: {key} = {str(value)[:60]} is not understood")
+    return config
 
 
 def _processing(settings: dict[str, Any], image_size_px: int) -> ImageProcessing:

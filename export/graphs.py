@@ -17,6 +17,7 @@ import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -29,15 +30,19 @@ from export.checkpoint import Checkpoint
 
 OPSET = 20  # the newest that the TorchScript exporter writes; LayerNormalization and Gelu are one node each
 EXTERNAL_DATA_BYTES = 1_800_000_000  # a protobuf file ends at 2 GiB
+Weights = Literal["float32", "float16", "int8"]  # of the graphs beside the decoder
 LM_HEAD = "/lm_head/MatMul"
 
 
-def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:
-    """Write input_ids [batch, position] -> inputs_embeds [batch, position, hidden]; in int8 with one scale per row."""
+def write_embeddings(checkpoint: Checkpoint, path: Path, *, weights: Weights) -> None:
+    """Write input_ids [batch, position] -> inputs_embeds [batch, position, hidden], which are float32 in any case.
+
+    In int8 the table has one scale per row.
+    """
     table = checkpoint.model.get_input_embeddings().weight.detach()
     positions = ("batch_size", "sequence_length")
     input_ids = ir.val("input_ids", ir.DataType.INT64, positions)
-    if int8:
+    if weights == "int8":
         wide = table.float()
         scale = (wide.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         rows = _constant("embed_tokens.weight", torch.round(wide / scale).to(torch.int8))
@@ -47,8 +52,10 @@ def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:
         nodes.append(ir.node("Mul", [nodes[2].outputs[0], nodes[1].outputs[0]]))
         constants = [rows, scales]
     else:
-        constants = [_constant("embed_tokens.weight", table, ir.DataType.FLOAT)]
+        stored = ir.DataType.FLOAT16 if weights == "float16" else ir.DataType.FLOAT
+        constants = [_constant("embed_tokens.weight", table, stored)]
         nodes = [ir.node("Gather", [constants[0], input_ids])]
+        nodes.append(ir.node("Cast", [nodes[0].outputs[0]], {"to": ir.DataType.FLOAT}))
     embeds = nodes[-1].outputs[0]
     embeds.name, embeds.type = "inputs_embeds", ir.TensorType(ir.DataType.FLOAT)
     embeds.shape = ir.Shape([*positions, table.shape[1]])
@@ -58,8 +65,11 @@ def write_embeddings(checkpoint: Checkpoint, path: Path, *, int8: bool) -> None:
     save_graph(ir.Model(graph, ir_version=10), path)
 
 
-def build_decoder(checkpoint: Checkpoint) -> ir.Model:
-    """The fused decoder: inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*."""
+def build_decoder(checkpoint: Checkpoint, *, half: bool = False) -> ir.Model:
+    """The fused decoder: inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*.
+
+    With `half` weights, arithmetic and cache are float16, and inputs_embeds and logits stay float32.
+    """
     model = checkpoint.model
     config = model.config.text_config
     config.architectures = ["LlamaForCausalLM"]
@@ -68,7 +78,9 @@ def build_decoder(checkpoint: Checkpoint) -> ir.Model:
     causal.model, causal.lm_head = model.model.text_model, model.lm_head
     options = {"exclude_embeds": True, "hf_token": "false", "hf_remote": False}
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        builder = _Builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", cache, options)
+        precision = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+        builder = _Builder(config, precision, precision, "cpu", cache, options)
+        builder.output_types["logits"] = ir.DataType.FLOAT
         builder.window_size = -1  # its sign for none; smollm3's configuration says None
         builder.load_weights = lambda _path: causal
         # The builder takes any Linear with as many outputs as the vocabulary has entries for the head.
@@ -77,12 +89,28 @@ def build_decoder(checkpoint: Checkpoint) -> ir.Model:
     decoder: ir.Model = builder.model
     decoder.graph.sort()
     _leave_unrotated(decoder, [layer for layer, rope in enumerate(getattr(config, "no_rope_layers", [])) if not rope])
+    if half:
+        _take_float32_embeddings(decoder)
     keep_last_logits(decoder)
     return decoder
 
 
+def _take_float32_embeddings(decoder: ir.Model) -> None:
+    graph = decoder.graph
+    place, narrow = next((place, item) for place, item in enumerate(graph.inputs) if item.name == "inputs_embeds")
+    wide = ir.val("inputs_embeds", ir.DataType.FLOAT, narrow.shape)
+    cast = ir.node("Cast", [wide], {"to": ir.DataType.FLOAT16}, name="/model/inputs_embeds/Cast")
+    narrow.replace_all_uses_with(cast.outputs[0])
+    graph.inputs[place] = wide
+    graph.insert_before(graph[0], cast)
+
+
 class _Builder(LlamaModel):  # type: ignore[misc]
     """The model builder with weights that are cast when they are read: its own keep every cast weight in memory."""
+
+    def is_gqa_supported(self) -> bool:
+        """In float16 too, which the builder holds for the GPU's alone: the CPU has the kernel by now."""
+        return True
 
     def make_initializer(self, tensor: torch.Tensor, /, name: str, to: ir.DataType | None = None) -> None:
         if to is None:

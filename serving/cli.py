@@ -205,6 +205,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="checkpoint folder of a SmolVLM or Idefics3 model, safetensors")],
     out: Annotated[Path, typer.Option(help="bundle folder to make")],
     recipe: Annotated[str, typer.Option(help="fp32, int8 or int4")] = "int8",
+    adapter: Annotated[Path | None, typer.Option(help="PEFT LoRA adapter folder to merge first")] = None,
     name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,
     license: Annotated[str | None, typer.Option(help="licence of the weights, for the manifest")] = None,
     auto_tile_px: Annotated[
@@ -224,6 +225,7 @@ def export(
             source,
             recipe=recipe,
             out=out,
+            adapter=adapter,
             name=name,
             license=license,
             auto_tile_px=auto_tile_px,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,72 @@ def test_patch_number_i_has_position_i(embedded_checkpoint: Path) -> None:
     with torch.no_grad():
         seen = embeddings(nothing)[0] - embeddings.patch_embedding.bias
     torch.testing.assert_close(seen, embeddings.position_embedding.weight.detach())
+
+
+LAYER = "model.text_model.layers.1.mlp.down_proj"
+A, B = (f"base_model.model.{LAYER}.lora_{factor}.weight" for factor in "AB")
+
+
+@pytest.fixture
+def write_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a rank 2 adapter of one layer, changed as asked, and returns its folder."""
+
+    def write(weights: dict[str, torch.Tensor] | None = None, **changed: object) -> Path:
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        # As peft 0.17 writes it, defaults included.
+        config: dict[str, object] = {
+            "peft_type": "LORA", "r": 2, "lora_alpha": 6, "use_rslora": False, "use_dora": False, "bias": "none",
+            "target_modules": ["down_proj"], "modules_to_save": None, "init_lora_weights": True, "alpha_pattern": {},
+            "megatron_core": "megatron.core", "qalora_group_size": 16, "lora_dropout": 0.05, "fan_in_fan_out": False,
+        }  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(config | changed))
+        whole = {A: torch.arange(1024.0).view(2, 512) / 1e5, B: torch.ones(192, 2)} | (weights or {})
+        save_file(whole, folder / "adapter_model.safetensors")
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 2), (True, 6 / 2**0.5)])
+def test_an_adapter_adds_its_scaled_product(
+    embedded_checkpoint: Path, write_adapter: Callable[..., Path], rslora: bool, scale: float
+) -> None:
+    plain = load_checkpoint(embedded_checkpoint)
+    merged = load_checkpoint(embedded_checkpoint, write_adapter(use_rslora=rslora))
+    # Row r of A holds r * 512 + column, over 1e5, and B sums the two rows.
+    expected = (2 * torch.arange(512.0) + 512) / 1e5 * scale
+    change = merged.model.get_parameter(f"{LAYER}.weight") - plain.model.get_parameter(f"{LAYER}.weight")
+    torch.testing.assert_close(change, expected.expand(192, 512), atol=1e-6, rtol=0)
+    other = "model.text_model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(merged.model.get_parameter(other), plain.model.get_parameter(other))
+    assert merged.weights_sha256 != plain.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True is not understood"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+        ({"bias": "all"}, "bias = all"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"peft_type": "IA3"}, "no LoRA adapter"),
+        ({"weights": {"base_model.model.lm_head.weight": torch.ones(2)}}, "lm_head.weight belongs to no linear layer"),
+        ({"weights": {A.replace("layers.1", "layers.9"): torch.ones(2, 512)}}, "layers.9.*belongs to no linear layer"),
+        ({"weights": {A: torch.ones(2, 7)}}, r"does not fit a weight of shape \[192, 512\]"),
+        ({"weights": {A.replace("down", "up"): torch.ones(2, 192)}}, "lacks its other half"),
+    ],
+)
+def test_an_adapter_that_is_not_understood_is_refused(
+    embedded_checkpoint: Path, write_adapter: Callable[..., Path], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(embedded_checkpoint, write_adapter(**changed))
+
+
+def test_a_pickled_adapter_is_refused(embedded_checkpoint: Path, write_adapter: Callable[..., Path]) -> None:
+    folder = write_adapter()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_checkpoint(embedded_checkpoint, folder)
