@@ -44,9 +44,9 @@ clean:  ## remove the environments and all that tools left behind
 # Installed as users install it, so a changed source is installed again. build/ goes first: setuptools would pack what lies there.
 .venv/.installed: pyproject.toml constraints.txt $(SOURCES)
 	@test -x .venv/bin/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "== installing nearfar[hosted] into .venv (half a minute the first time)"
+	@echo "== installing nearfar[hosted,video,documents] into .venv (half a minute the first time)"
 	@rm -rf build
-	@.venv/bin/python $(PIP_INSTALL) --no-compile '.[hosted]'
+	@.venv/bin/python $(PIP_INSTALL) --no-compile '.[hosted,video,documents]'
 	@rm -rf build
 	@touch $@
 
@@ -56,8 +56,8 @@ clean:  ## remove the environments and all that tools left behind
 	@test -x .venv-test/bin/python || { echo "== making .venv-test"; $(PYTHON) -m venv .venv-test; }
 	@echo "== installing torch into .venv-test (a minute or two the first time)"
 	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
-	@echo "== installing nearfar[hosted,openvino,export,dev] into .venv-test (a minute or two the first time)"
-	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,openvino,export,dev]'
+	@echo "== installing nearfar[hosted,video,documents,openvino,export,dev] into .venv-test (a minute or two the first time)"
+	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,openvino,export,dev]'
 	@touch $@
 
 # The page's tests drive a browser. Without one they would be skipped, and nobody would know.

@@ -43,7 +43,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReport:
-    """What was done to one picture. `detail` names the choice, `sha256` is of the received bytes."""
+    """What was done to one picture, frame or page. `detail` names the choice, `sha256` is of the received file."""
 
     width: int
     height: int
@@ -53,6 +53,9 @@ class ImageReport:
     tokens: int | None
     sha256: str
     detail: str
+    timestamp_s: float | None = None  # of a video's frame
+    page: int | None = None  # of a document's page, from 1
+    pages: int | None = None  # of the whole document: more than are reported where only the first were used
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,18 +114,21 @@ def media_type(data: bytes) -> str:
     raise BadRequest("not an image: the bytes are neither JPEG, PNG, WebP nor GIF", param="image")
 
 
-class ImageHeader(NamedTuple):
-    """What a picture's header says, nothing decoded. Width and height are of the upright picture."""
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a picture comes from: a file as received, or the frame of a video, or the page of a document."""
 
-    width: int
+    width: int  # upright, before anything was scaled
     height: int
-    media_type: str
-    sha256: str  # of the received bytes
+    sha256: str  # of the received file
+    timestamp_s: float | None = None
+    page: int | None = None
+    pages: int | None = None  # of the whole document, of which perhaps only the first are shown
 
 
-def read_header(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageHeader:
-    """Check the caps on the header alone. Raises what `decode_image` raises."""
-    mime = _check_bytes(data, max_bytes)
+def read_header(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> Origin:
+    """Check the caps on the header alone; nothing is decoded. Raises what `decode_image` raises."""
+    _check_bytes(data, max_bytes)
     with _opened(data, max_pixels) as image:
         # Not getexif(): of a PNG it decodes the pixels, in search of a chunk behind them.
         exif = Image.Exif()
@@ -133,7 +136,7 @@ def read_header(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: in
             exif.load(image.info.get("exif", b""))
         turned = exif.get(_ORIENTATION) in (5, 6, 7, 8)
         width, height = image.size[::-1] if turned else image.size
-    return ImageHeader(width, height, mime, hashlib.sha256(data).hexdigest())
+    return Origin(width=width, height=height, sha256=hashlib.sha256(data).hexdigest())
 
 
 def decode_image(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> DecodedImage:
@@ -149,10 +152,10 @@ def decode_image(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: i
     return DecodedImage(image=plain, sha256=hashlib.sha256(data).hexdigest())
 
 
-def _check_bytes(data: bytes, max_bytes: int) -> str:
+def _check_bytes(data: bytes, max_bytes: int) -> None:
     if len(data) > max_bytes:
         raise PayloadTooLarge(f"the image has {len(data)} bytes, at most {max_bytes} are read", param="image")
-    return media_type(data)
+    media_type(data)
 
 
 @contextmanager
@@ -246,6 +249,12 @@ def tile_image(image: Image.Image, detail: Detail, processing: ImageProcessing) 
     views = [resized.crop((left, top, left + tile, top + tile)) for left, top in corners]
     views.append(resized.resize((tile, tile), Image.Resampling.LANCZOS))
     return TiledImage(_normalize(views, processing), grid, cols * tile, rows * tile)
+
+
+def tile_frame(image: Image.Image, processing: ImageProcessing) -> TiledImage:
+    """A video's frame as one tile: the second of the two BICUBIC resizes of the reference's video processor."""
+    view = image.resize((processing.tile_px, processing.tile_px), Image.Resampling.BICUBIC)
+    return TiledImage(_normalize([view], processing), Grid(0, 0), processing.tile_px, processing.tile_px)
 
 
 def _normalize(views: list[Image.Image], processing: ImageProcessing) -> npt.NDArray[np.float32]:

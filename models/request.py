@@ -1,4 +1,4 @@
-"""What is asked: messages of text and pictures, how to generate, and how far the input may travel. Knows no HTTP."""
+"""What is asked: messages of text and media, how to generate, and how far the input may travel. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from models.errors import BadRequest, ContextLengthExceeded, InvalidValue
-from models.images import Detail
+from models.images import Detail, Origin
 
 Role = Literal["system", "user", "assistant"]
 Task = Literal["vqa", "caption", "ocr", "document"]
@@ -45,12 +45,32 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePart:
-    """A picture as received: JPEG, PNG, WebP or GIF bytes, not yet decoded."""
+    """A picture as received: JPEG, PNG, WebP or GIF bytes, not yet decoded. `origin` where it was cut out of a file."""
+
+    data: bytes = field(repr=False)
+    origin: Origin | None = None
+
+    @property
+    def is_frame(self) -> bool:
+        """A frame of a video is one tile, whatever the detail."""
+        return self.origin is not None and self.origin.timestamp_s is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPart:
+    """A video as received: MP4, WebM or GIF bytes. `models.expand` puts its frames in its place."""
 
     data: bytes = field(repr=False)
 
 
-Part = TextPart | ImagePart
+@dataclass(frozen=True, kw_only=True)
+class DocumentPart:
+    """A document as received: PDF or TIFF bytes. `models.expand` puts its pages in its place."""
+
+    data: bytes = field(repr=False)
+
+
+Part = TextPart | ImagePart | VideoPart | DocumentPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +132,18 @@ class AnswerRequest:
             )
         if self.detail not in get_args(Detail):
             raise InvalidValue(f"detail must be low, high or auto, got {self.detail!r}", param="detail")
-        if len(self.images) > MAX_IMAGES:
-            raise BadRequest(f"{len(self.images)} images, at most {MAX_IMAGES} in one request", param="image")
+        received = sum(image.origin is None for image in self.images)
+        if received > MAX_IMAGES:
+            raise BadRequest(f"{received} images, at most {MAX_IMAGES} in one request", param="image")
+        parts = [part for message in self.messages for part in message.parts]
+        for kind, name in ((VideoPart, "video"), (DocumentPart, "document")):
+            if sum(isinstance(part, kind) for part in parts) > 1:
+                raise BadRequest(f"at most one {name} in one request", param=name)
+
+    @property
+    def media_count(self) -> int:
+        """Pictures, videos and documents: the least number of pictures that the prompt can come to show."""
+        return sum(not isinstance(part, TextPart) for message in self.messages for part in message.parts)
 
     @property
     def images(self) -> tuple[ImagePart, ...]:
@@ -125,17 +155,22 @@ def question(
     prompt: str | None,
     images: tuple[bytes, ...] = (),
     *,
+    document: bytes | None = None,
+    video: bytes | None = None,
     task: Task = "vqa",
     settings: GenerationSettings | None = None,
     detail: Detail = "auto",
 ) -> AnswerRequest:
-    """One user turn, pictures first. Without a prompt, the task's own; `vqa` has none and needs one."""
+    """One user turn, media first. Without a prompt, the task's own; `vqa` has none and needs one."""
     if task not in get_args(Task):
         raise InvalidValue(f"task must be one of {', '.join(get_args(Task))}, got {task!r}", param="task")
     text = prompt if prompt and prompt.strip() else TASK_PROMPTS.get(task)
     if text is None:
         raise BadRequest("prompt is required", param="prompt")
-    parts: tuple[Part, ...] = (*(ImagePart(data=data) for data in images), TextPart(text=text))
+    parts: list[Part] = [ImagePart(data=data) for data in images]
+    parts += [DocumentPart(data=document)] if document is not None else []
+    parts += [VideoPart(data=video)] if video is not None else []
+    parts.append(TextPart(text=text))
     return AnswerRequest(
-        messages=(Message(role="user", parts=parts),), settings=settings or GenerationSettings(), detail=detail
+        messages=(Message(role="user", parts=tuple(parts)),), settings=settings or GenerationSettings(), detail=detail
     )

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from models.bundle import Bundle
 from models.errors import BadRequest, NearfarError
+from models.expand import file_kind
 from models.request import GenerationSettings, Policy, Task, question
 from serving.settings import Settings
 
@@ -31,6 +32,12 @@ app = typer.Typer(
 ModelsOption = Annotated[
     list[str] | None,
     typer.Option("--model", help="embedded model or bundle folder; repeatable, the first is the default"),
+]
+FileArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="picture (JPEG, PNG, WebP, GIF), video (MP4, WebM) or document (PDF, TIFF), by content"
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON; where HTTP has the same, its object")]
 
@@ -117,9 +124,9 @@ def run_server(settings: Settings) -> None:
 
 @app.command()
 def infer(
-    image: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP or GIF")],
+    file: FileArgument,
     prompt: Annotated[
-        str | None, typer.Argument(help="the question; may be left out with --task caption or ocr")
+        str | None, typer.Argument(help="the question; may be left out with --task caption, ocr or document")
     ] = None,
     model: Annotated[str | None, typer.Option(help="target name or bundle folder")] = None,
     task: Annotated[Task, typer.Option()] = "vqa",
@@ -129,10 +136,10 @@ def infer(
     seed: Annotated[int | None, typer.Option()] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer one question about one picture, on this machine."""
+    """Answer one question about one picture, video or document, on this machine."""
     from serving.app import infer_once
 
-    request = _request(image, prompt, task, detail, max_tokens, temperature, seed)
+    request = _request(file, prompt, task, detail, max_tokens, temperature, seed)
     bundle = model is not None and Path(model).is_dir()  # loaded in place of the embedded models
     settings = settings_from(models=(model,) if bundle else ())
     result = _run(infer_once(settings, os.environ, request, None if bundle else model))
@@ -140,11 +147,12 @@ def infer(
         print(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         print(result["text"])
+        _tell_unread_pages(result)
 
 
 @app.command()
 def compare(
-    image: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP or GIF")],
+    file: FileArgument,
     prompt: Annotated[str | None, typer.Argument(help="the question")] = None,
     targets: Annotated[str, typer.Option(help="comma-separated target names  [default: all the policy allows]")] = "",
     reference: Annotated[str | None, typer.Option(help="the right answer")] = None,
@@ -159,7 +167,7 @@ def compare(
     from serving.app import compare_once
     from serving.tables import comparison_table
 
-    request = _request(image, prompt, task, detail, max_tokens, 0.0, None)
+    request = _request(file, prompt, task, detail, max_tokens, 0.0, None)
     settings = settings_from(policy=policy, endpoints=tuple(endpoint or ()))
     names = [name.strip() for name in targets.split(",") if name.strip()]
     with Console(stderr=True).status("loading the models") as status:
@@ -375,17 +383,24 @@ def _baselines(checkpoint: Path | None, programs: Path | None, gguf: list[Path],
 
 
 def _request(
-    image: Path, prompt: str | None, task: Task, detail: str, max_tokens: int, temperature: float, seed: int | None
+    file: Path, prompt: str | None, task: Task, detail: str, max_tokens: int, temperature: float, seed: int | None
 ) -> Any:
     try:
-        data = image.read_bytes()
+        data = file.read_bytes()
     except OSError as error:
-        fail(f"{image}: {error.strerror}", status=2)
+        fail(f"{file}: {error.strerror}", status=2)
     try:
         settings = GenerationSettings(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        return question(prompt, (data,), task=task, settings=settings, detail=detail)  # type: ignore[arg-type]
+        files: dict[str, Any] = {"images": (data,)} if (kind := file_kind(data)) == "image" else {kind: data}
+        return question(prompt, **files, task=task, settings=settings, detail=detail)  # type: ignore[arg-type]
     except NearfarError as error:
         fail(error.message, status=2)
+
+
+def _tell_unread_pages(result: dict[str, Any]) -> None:
+    last = result["images"][-1] if result["images"] else {}
+    if last.get("page", 0) < last.get("pages", 0):
+        print(f"nearfar: pages 1 to {last['page']} of {last['pages']} were read", file=sys.stderr)
 
 
 def _run(work: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Request bodies: JSON or multipart bytes -> one dictionary of fields and a list of picture bytes.
+"""Request bodies: JSON or multipart bytes -> one dictionary of fields, and the files' bytes.
 
 JSON is strict: UTF-8, no NaN or Infinity, bounded nesting; base64 is of the standard alphabet, padded.
 """
@@ -21,13 +21,16 @@ MAX_NESTING = 64
 MAX_BRACKETS = 10_000  # bounds the objects that a body becomes, and the time to count its depth
 MAX_PART_BYTES = 2**22  # of a form's text field: more than the longest prompt, which has its own error
 MAX_FIELDS = 64
+SINGLE_FILES = ("document", "video")
 
 
 class Fields(NamedTuple):
     """What a body says. Form values are strings, JSON values have their own types."""
 
     values: dict[str, Any]
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...] = ()
+    document: bytes | None = None
+    video: bytes | None = None
 
 
 async def read_json(request: Request) -> Any:
@@ -64,19 +67,33 @@ async def read_fields(request: Request) -> Fields:
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise InvalidValue("images must be a list of data URLs", param="images")
     _check_count(len(images))
-    return Fields(values, tuple(decode_data_url(image, "images") for image in images))
+    files = {name: _single(values.pop(name), name) for name in SINGLE_FILES if values.get(name) is not None}
+    return Fields(values, tuple(decode_data_url(image, "images") for image in images), **files)
+
+
+def _single(value: object, name: str) -> bytes:
+    if not isinstance(value, str):
+        raise InvalidValue(f"{name} must be a data URL", param=name)
+    return decode_data_url(value, name)
 
 
 async def _read_form(request: Request) -> Fields:
     try:
-        async with request.form(max_files=MAX_IMAGES + 1, max_fields=MAX_FIELDS, max_part_size=MAX_PART_BYTES) as form:
+        async with request.form(max_files=MAX_IMAGES + 3, max_fields=MAX_FIELDS, max_part_size=MAX_PART_BYTES) as form:
             values: dict[str, Any] = {}
             images: list[bytes] = []
+            files: dict[str, bytes] = {}
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
-                    if name != "image":
-                        raise InvalidValue(f"{name}: unknown file field; pictures go into `image`", param=name)
-                    images.append(await value.read())
+                    if name == "image":
+                        images.append(await value.read())
+                    elif name in SINGLE_FILES and name not in files:
+                        files[name] = await value.read()
+                    else:
+                        raise InvalidValue(
+                            f"{name}: files go into `image`, repeatable, and one each into `document` and `video`",
+                            param=name,
+                        )
                 elif name in values:
                     raise InvalidValue(f"{name} is given twice", param=name)
                 else:
@@ -84,11 +101,11 @@ async def _read_form(request: Request) -> Fields:
     except HTTPException as error:  # what starlette makes of a damaged form
         raise BadRequest(f"the form cannot be read: {error.detail}"[:200]) from error
     _check_count(len(images))
-    return Fields(values, tuple(images))
+    return Fields(values, tuple(images), **files)
 
 
 def decode_data_url(url: str, param: str) -> bytes:
-    """The bytes of `data:image/...;base64,...`. Other URLs are not fetched."""
+    """The bytes of `data:<type>;base64,...`; the type is told by content. Other URLs are not fetched."""
     if not url.startswith("data:"):
         raise BadRequest("only data: URLs are read, nothing is fetched", param=param)
     head, comma, payload = url.partition(",")

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and `/v1/models`: the OpenAI dialect, as far as text, pictures and streaming go.
+"""`/v1/chat/completions` and `/v1/models`: the OpenAI dialect, as far as text, pictures, files and streaming go.
 
 Unknown fields are ignored, as that dialect's clients expect.
 """
@@ -20,7 +20,17 @@ from models.answerer import Answerer, collect
 from models.errors import BadRequest
 from models.events import Failed, Finished, FinishReason, TextDelta, Usage
 from models.images import Detail
-from models.request import MAX_TOKENS_BOUND, AnswerRequest, GenerationSettings, ImagePart, Message, Part, TextPart
+from models.request import (
+    MAX_TOKENS_BOUND,
+    AnswerRequest,
+    DocumentPart,
+    GenerationSettings,
+    ImagePart,
+    Message,
+    Part,
+    TextPart,
+    VideoPart,
+)
 from serving.api.body import decode_data_url, read_json
 from serving.api.errors import invalid_value, openai_error_object
 from serving.api.security import require_key
@@ -48,9 +58,28 @@ class ImageContent(_Loose):
     image_url: ImageUrl
 
 
+class VideoContent(_Loose):
+    type: Literal["video_url"]
+    video_url: ImageUrl
+
+
+class FileData(_Loose):
+    file_data: str
+
+
+class FileContent(_Loose):
+    """A document, as that dialect sends PDF."""
+
+    type: Literal["file"]
+    file: FileData
+
+
+Content = TextContent | ImageContent | VideoContent | FileContent
+
+
 class ChatMessage(_Loose):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextContent | ImageContent, Field(discriminator="type")]]
+    content: str | list[Annotated[Content, Field(discriminator="type")]]
 
     def to_message(self) -> Message:
         parts: list[Part] = []
@@ -60,6 +89,10 @@ class ChatMessage(_Loose):
                     parts.append(TextPart(text=text))
                 case ImageContent(image_url=image):
                     parts.append(ImagePart(data=decode_data_url(image.url, "messages")))
+                case VideoContent(video_url=video):
+                    parts.append(VideoPart(data=decode_data_url(video.url, "messages")))
+                case FileContent(file=document):
+                    parts.append(DocumentPart(data=decode_data_url(document.file_data, "messages")))
         return Message(role="system" if self.role == "developer" else self.role, parts=tuple(parts))
 
 

@@ -32,7 +32,7 @@ async def compare_targets(request: Request) -> Response:
     chosen = services.targets().choose_several(body.targets, policy)
     comparison_id = f"cmp_{secrets.token_hex(8)}"
     events = compare(
-        body.to_request(fields.images),
+        body.to_request(fields),
         [target.answerer for target in chosen],
         reference=body.reference,
         parallel=body.parallel,

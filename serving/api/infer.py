@@ -31,7 +31,7 @@ async def infer(request: Request) -> Response:
     services = request.app.state.services
     policy = effective_policy(services.settings.policy, body.policy)
     target = services.targets().choose(body.model, policy)
-    question = body.to_request(fields.images)
+    question = body.to_request(fields)
     answer_id = f"inf_{secrets.token_hex(8)}"
     if body.stream:
         return event_stream(_events(answer_id, target.answerer, question, request.state.request_id))

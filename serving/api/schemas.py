@@ -13,7 +13,7 @@ from comparisons.results import ArmResult, Comparison
 from models.bundle import Bundle
 from models.catalog import ALIASES, EXPORTED_BYTES_PER_WEIGHT, NOT_VERIFIED, PUBLISHED, ROWS, Row
 from models.errors import NearfarError
-from models.events import Finished
+from models.events import Finished, ImageReport
 from models.images import Detail
 from models.request import AnswerRequest, GenerationSettings, Policy, Task, question
 from serving.api.body import Fields, parse_json
@@ -49,10 +49,18 @@ class QuestionBody(BaseModel):
             raise ValueError('only {"type": "text"} can be answered so far')
         return value
 
-    def to_request(self, images: tuple[bytes, ...]) -> AnswerRequest:
+    def to_request(self, files: Fields) -> AnswerRequest:
         """The nouns below HTTP. Raises BadRequest and InvalidValue."""
         settings = GenerationSettings(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
-        return question(self.prompt, images, task=self.task, settings=settings, detail=self.detail)
+        return question(
+            self.prompt,
+            files.images,
+            document=files.document,
+            video=files.video,
+            task=self.task,
+            settings=settings,
+            detail=self.detail,
+        )
 
 
 class InferBody(QuestionBody):
@@ -92,12 +100,18 @@ def answer_object(answer_id: str, text: str, finished: Finished) -> dict[str, An
         "finish_reason": finished.finish_reason,
         "usage": asdict(finished.usage),
         "timings": _rounded(asdict(finished.timings)),
-        "images": [asdict(image) for image in finished.images],
+        "images": [_image_object(image) for image in finished.images],
         "memory": asdict(finished.memory),
         "egress": asdict(finished.egress),
         "cost": asdict(finished.cost),
         "notice": finished.notice,
     }
+
+
+def _image_object(report: ImageReport) -> dict[str, Any]:
+    """A picture that is neither frame nor page has no time and no number, rather than unknown ones."""
+    place = ("timestamp_s", "page", "pages")
+    return {name: value for name, value in asdict(report).items() if value is not None or name not in place}
 
 
 def result_object(comparison_id: str, result: ArmResult, request_id: str) -> dict[str, Any]:

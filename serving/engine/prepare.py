@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from models.errors import ContextLengthExceeded
 from models.events import ImageReport
+from models.expand import Expansion, expand
 from models.images import (
     Detail,
     Grid,
-    ImageHeader,
+    Origin,
     TiledImage,
     choose_grid,
     decode_image,
     read_header,
+    tile_frame,
     tile_image,
 )
 from models.loaded_model import LoadedModel
 from models.onnx_model import OnnxModel
 from models.request import AnswerRequest
+from models.video import MAX_FRAMES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,29 +44,45 @@ class PreparedPrompt:
 def prepare(model: LoadedModel, request: AnswerRequest, clock: Callable[[], float]) -> PreparedPrompt:
     """Decode, tile and render. Raises BadRequest and its kin.
 
-    The context is checked twice before any pixel is decoded: with one tile a picture, then with the grids that the
-    headers ask for. Pictures are decoded one after the other, so that one at a time is held in full size.
+    The context is checked before any pixel is decoded: with one tile a picture, then with the grids that the headers
+    ask for. In between, video and document become pictures, no more than the context could hold. Pictures are decoded
+    one after the other, so that one at a time is held in full size.
     """
     begun = clock()
     onnx, processing = model.onnx, model.bundle.manifest.processing
-    _check_context(model.renderer.ids(request.messages, [Grid(0, 0)] * len(request.images)), onnx)
+    least = model.renderer.ids(request.messages, [Grid(0, 0)] * request.media_count)
+    _check_context(least, onnx)
+    room = (onnx.shapes.max_positions - len(least)) // onnx.shapes.image_tokens_per_tile + 1
+    expanding = clock()
+    request = expand(
+        request,
+        Expansion(
+            frame_edge_px=processing.tile_px,
+            page_edge_px=processing.longest_edge,
+            max_pictures=min(room, MAX_FRAMES),
+        ),
+    )
+    decode_s = clock() - expanding
     headers = [read_header(part.data) for part in request.images]
-    grids = [choose_grid(header.width, header.height, request.detail, processing) for header in headers]
+    details: list[Detail] = ["low" if part.is_frame else request.detail for part in request.images]
+    grids = [
+        choose_grid(header.width, header.height, detail, processing)
+        for header, detail in zip(headers, details, strict=True)
+    ]
     ids = model.renderer.ids(request.messages, grids)
     _check_context(ids, onnx)
     tiles: list[TiledImage] = []
-    decode_s = 0.0
     for part in request.images:
         decoding = clock()
         image = decode_image(part.data).image
         decode_s += clock() - decoding
-        tiles.append(tile_image(image, request.detail, processing))
+        tiles.append(tile_frame(image, processing) if part.is_frame else tile_image(image, request.detail, processing))
     return PreparedPrompt(
         ids=ids,
         tiles=tuple(tiles),
         images=tuple(
-            _report(header, tiled, request.detail, onnx.shapes.image_tokens_per_tile)
-            for header, tiled in zip(headers, tiles, strict=True)
+            _report(part.origin or header, tiled, detail, onnx.shapes.image_tokens_per_tile)
+            for part, header, tiled, detail in zip(request.images, headers, tiles, details, strict=True)
         ),
         begun=begun,
         image_decode_ms=decode_s * 1000 if headers else None,
@@ -79,14 +98,12 @@ def _check_context(ids: list[int], onnx: OnnxModel) -> None:
         )
 
 
-def _report(header: ImageHeader, tiled: TiledImage, detail: Detail, tokens_per_tile: int) -> ImageReport:
+def _report(origin: Origin, tiled: TiledImage, detail: Detail, tokens_per_tile: int) -> ImageReport:
     return ImageReport(
-        width=header.width,
-        height=header.height,
+        **asdict(origin),
         used_width=tiled.used_width,
         used_height=tiled.used_height,
         tiles=len(tiled.pixels),
         tokens=len(tiled.pixels) * tokens_per_tile,
-        sha256=header.sha256,
         detail=detail,
     )

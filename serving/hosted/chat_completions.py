@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.errors import BadRequest
 from models.events import FinishReason, Usage
 from models.images import media_type
-from models.request import AnswerRequest, ImagePart, Message, TextPart
+from models.request import AnswerRequest, ImagePart, Message, Part, TextPart
 from serving.hosted.providers import Provider
 
 WIRE_TEMPERATURE = 1.0  # what the protocol means where temperature is missing; ours is 0, so 0 is sent
@@ -76,9 +77,11 @@ def _to_message(message: Message, detail: str) -> dict[str, Any]:
             return {"role": message.role, "content": [_to_part(part, detail) for part in parts]}
 
 
-def _to_part(part: TextPart | ImagePart, detail: str) -> dict[str, Any]:
+def _to_part(part: Part, detail: str) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
+    if not isinstance(part, ImagePart):
+        raise BadRequest("a video or document goes as its pictures: it has to be expanded first", param="messages")
     image_url = {"url": f"data:{media_type(part.data)};base64,{base64.b64encode(part.data).decode('ascii')}"}
     if detail != "auto":
         image_url["detail"] = detail

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from comparisons.cost import price
@@ -24,6 +24,7 @@ from models.events import (
     Timings,
     Usage,
 )
+from models.expand import Expansion, expand
 from models.images import read_header
 from models.request import AnswerRequest, ImagePart, TextPart
 from serving.hosted.chat_completions import Delta, to_body, to_delta
@@ -205,6 +206,7 @@ class OpenAICompatible:
                     await anext(events, None)
 
     def _prepare(self, request: AnswerRequest) -> tuple[dict[str, Any], tuple[ImageReport, ...]]:
+        request = expand(request, Expansion(lossless=False))
         images = tuple(_report(image, request.detail) for image in request.images)  # first: it checks the caps
         return to_body(request, self._model, self._provider), images
 
@@ -274,12 +276,5 @@ def _report(image: ImagePart, detail: str) -> ImageReport:
     """Of the bytes as sent; what the provider makes of them is not known from outside. Nothing is decoded."""
     header = read_header(image.data)
     return ImageReport(
-        width=header.width,
-        height=header.height,
-        used_width=None,
-        used_height=None,
-        tiles=None,
-        tokens=None,
-        sha256=header.sha256,
-        detail=detail,
+        **asdict(image.origin or header), used_width=None, used_height=None, tiles=None, tokens=None, detail=detail
     )
