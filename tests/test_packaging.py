@@ -135,7 +135,8 @@ def test_the_pins_are_what_the_tests_run_with() -> None:
     )
     installed = {name_of(each["name"]): each["version"].partition("+")[0] for each in json.loads(listed.stdout)}
     differing = {name: (pin, installed[name]) for name, pin in pins().items() if installed.get(name, pin) != pin}
-    missing = names_of([*PROJECT["dependencies"], *EXTRAS["hosted"], *EXTRAS["export"], *EXTRAS["dev"]]) - set(
+    extras = ("hosted", "video", "documents", "export", "dev")
+    missing = names_of([*PROJECT["dependencies"], *(each for extra in extras for each in EXTRAS[extra])]) - set(
         installed
     )
     assert (differing, missing) == ({}, set())
@@ -145,6 +146,9 @@ def test_both_onnx_runtimes_are_pinned_to_one_release() -> None:
     assert pins()["onnxruntime"] == pins()["onnxruntime-gpu"]
 
 
+OPTIONAL = {"models.openvino_vision": "openvino", "models.video": "video", "models.documents": "documents"}
+
+
 def test_every_import_of_the_product_is_declared() -> None:
     declared = names_of([*PROJECT["dependencies"], *EXTRAS["hosted"]])
     with_export = declared | names_of(EXTRAS["export"])
@@ -152,7 +156,7 @@ def test_every_import_of_the_product_is_declared() -> None:
     for path in module_files():
         module = module_name(path)
         scripts = ("models.tiny_scenes.train", "models.tiny_scenes.evaluate")  # run from a checkout, with [export]
-        own = EXTRAS["openvino"] if module == "models.openvino_vision" else []
+        own = EXTRAS[OPTIONAL[module]] if module in OPTIONAL else []
         allowed = with_export if module.startswith("export") or module in scripts else declared | names_of(own)
         for imported in imports_of(path.read_text(), module):
             top = imported.module.partition(".")[0]

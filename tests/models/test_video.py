@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import av
 import numpy as np
 import pytest
 
+from models.documents import read_document
+from models.errors import UnsupportedMedia
 from models.expand import Expansion, expand, in_words
 from models.images import Grid, ImageProcessing, decode_image, tile_frame
 from models.prompt import PromptRenderer
@@ -144,6 +147,16 @@ def test_a_video_is_told_from_a_picture_by_its_first_bytes() -> None:
     assert container_format(b"\x00\x00\x00\x18ftypheic" + bytes(8)) is None
     assert container_format(clip()) == "mp4"
     assert container_format(clip("libvpx", "webm")) == "matroska"
+
+
+def test_without_its_extra_a_file_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip()
+    for package in ("av", "pypdfium2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UnsupportedMedia, match=r"pip install 'nearfar\[video\]'"):
+        read_video(data, longest_edge=64)
+    with pytest.raises(UnsupportedMedia, match=r"pip install 'nearfar\[documents\]'"):
+        read_document(b"%PDF-1.7", longest_edge=64)
 
 
 def test_expanding_leaves_a_request_without_media_files_alone() -> None:
