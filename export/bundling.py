@@ -42,7 +42,7 @@ COPIED = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
 MADE_WITH = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")
-BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8-fast": 2.6}  # on disk, generously; of all others 1.3
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8-fast": 2.6, "auto": 2.6}  # on disk, generously; of all others 1.3
 
 
 def export_bundle(
@@ -94,7 +94,7 @@ def export_bundle(
             made_with={package: version(package) for package in MADE_WITH},
             notice=notice,
         )
-        measured = DecoderWriter(checkpoint, plan, folder, draft, show_progress).first_that_passes()
+        measured = DecoderWriter(checkpoint, plan, folder, draft, show_progress).write()
         _write_config(checkpoint, folder)
         taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=_peak_bytes())
         manifest = measured.model_copy(update={"files": _hashes(folder), "export": taken})

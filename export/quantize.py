@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -63,12 +63,16 @@ class DecoderPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipePlan:
-    """One recipe: file suffix, the gate its bundle must pass, and the decoders to try in order until one passes."""
+    """One recipe: file suffix, the gate its bundle must pass, and the decoders to try.
+
+    The first that passes is kept; with `fastest` all are measured, and of those that pass the fastest is.
+    """
 
     suffix: str
     gate: Gate
     decoders: tuple[DecoderPlan, ...]
     int8_vision_and_embeddings: bool = True
+    fastest: bool = False
 
     def file(self, graph: GraphName) -> str:
         return f"{graph}{self.suffix}.onnx"
@@ -81,23 +85,31 @@ class RecipePlan:
         return {"vision_encoder": vision, "embed_tokens": "int8, one scale per row"}
 
 
+FOUR_BITS = (
+    DecoderPlan(bits=4),
+    DecoderPlan(bits=4, block=32, eight_bit_parts=("lm_head",)),
+    DecoderPlan(bits=4, block=32, eight_bit_parts=("lm_head", "down_proj")),
+)
 RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
     {
-        "fp32": RecipePlan(
-            suffix="", gate=GATES["fp32"], decoders=(DecoderPlan(),), int8_vision_and_embeddings=False
-        ),
+        "fp32": RecipePlan(suffix="", gate=GATES["fp32"], decoders=(DecoderPlan(),), int8_vision_and_embeddings=False),
         "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoders=(DecoderPlan(bits=8),)),
-        "int4": RecipePlan(
-            suffix="_q4",
-            gate=GATES["int4"],
-            decoders=(
-                DecoderPlan(bits=4),
-                DecoderPlan(bits=4, block=32, eight_bit_parts=("lm_head",)),
-                DecoderPlan(bits=4, block=32, eight_bit_parts=("lm_head", "down_proj")),
+        "int8-fast": RecipePlan(
+            suffix="_int8", gate=GATES["int8-fast"], decoders=(DecoderPlan(bits=8, int8_prompt=True),)
+        ),
+        "int4": RecipePlan(suffix="_q4", gate=GATES["int4"], decoders=FOUR_BITS),
+        "auto": RecipePlan(
+            suffix="_quantized",
+            gate=GATES["auto"],
+            decoders=tuple(
+                replace(decoder, int8_prompt=fast)
+                for decoder in (DecoderPlan(bits=8), *FOUR_BITS)
+                for fast in (True, False)
             ),
+            fastest=True,
         ),
     }
-)  # fmt: skip
+)
 
 
 def quantize_decoder(decoder: ir.Model, plan: DecoderPlan, calibrated: Mapping[str, Rounded]) -> None:

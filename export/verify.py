@@ -20,7 +20,7 @@ from export.checkpoint import Checkpoint
 from models.errors import NearfarError
 from models.images import Detail, ImageProcessing, tile_image
 from models.onnx_model import OnnxModel
-from models.quality import Case, Differences, Floats, Gate, check, compare, summary
+from models.quality import Case, Differences, Floats, compare, summary
 from models.request import ImagePart, Message, Part, TextPart
 from models.tiny_scenes import scenes
 
@@ -47,9 +47,9 @@ EXTENTS = (
 
 
 def verify(
-    cases: Sequence[Case], texts: Sequence[Case], model: OnnxModel, gate: Gate, *, show_progress: bool = True
+    cases: Sequence[Case], texts: Sequence[Case], model: OnnxModel, *, show_progress: bool = True
 ) -> dict[str, Any]:
-    """Measure a bundle's graphs and return its `quality`. Raises QualityGateFailed outside the gate."""
+    """Measure a bundle's graphs and return its `quality`, whatever it is."""
     seen, read, vocabulary = Differences(), Differences(), model.shapes.vocab_size
     for case in tqdm([*cases, *texts], desc="verify", unit="prompt", file=sys.stderr, disable=not show_progress):
         compare(case, model, seen if len(case.pixels) else read)
@@ -58,7 +58,6 @@ def verify(
     quality = summary(seen, vocabulary, reference="torch in float32", inputs=inputs)
     inputs = "pydoc_data.topics, as the text goes on"
     quality["text"] = summary(read, vocabulary, reference="torch in float32", inputs=inputs)
-    check(quality, gate)
     return quality
 
 

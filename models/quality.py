@@ -43,6 +43,8 @@ GATES: Mapping[str, Gate] = MappingProxyType(
     {
         "fp32": Gate(max_logit_error=1e-3),
         "int8": Gate(max_mean_kl=0.02),
+        "int8-fast": Gate(max_mean_kl=0.10),
+        "auto": Gate(max_mean_kl=0.10),
         "int4": Gate(max_mean_kl=0.20),
     }
 )

@@ -212,7 +212,9 @@ def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
 def export(
     source: Annotated[Path, typer.Argument(help="checkpoint folder of a SmolVLM or Idefics3 model, safetensors")],
     out: Annotated[Path, typer.Option(help="bundle folder to make")],
-    recipe: Annotated[str, typer.Option(help="fp32, int8 or int4")] = "int8",
+    recipe: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, int8-fast, int4, or auto: the fastest decoder that passes")
+    ] = "int8",
     adapter: Annotated[Path | None, typer.Option(help="PEFT LoRA adapter folder to merge first")] = None,
     name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,
     license: Annotated[str | None, typer.Option(help="licence of the weights, for the manifest")] = None,
@@ -252,7 +254,12 @@ def export(
         if manifest.export is not None:
             print(f"  made in {manifest.export.seconds:.0f} s, peak memory {manifest.export.peak_bytes / 1e9:.1f} GB")
         for measure, value in manifest.quality.items():
-            print(f"  {measure}: {value}")
+            if measure != "pareto":
+                print(f"  {measure}: {value}")
+        if "pareto" in manifest.quality:
+            from serving.tables import decoders_table
+
+            decoders_table(manifest.quality["pareto"], Console())
 
 
 @app.command()

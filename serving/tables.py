@@ -107,6 +107,19 @@ def models_table(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(notice, markup=False)
 
 
+def decoders_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """The decoders that `--recipe auto` tried, the fastest first; the one it kept is bold."""
+    table = Table(show_header=True, header_style="bold")
+    for heading in ("decoder", "prompt step", "size", "prefill tok/s", "decode tok/s", "mean KL", "top-1", "passes"):
+        table.add_column(heading, overflow="fold")
+    for row in sorted(rows, key=lambda row: float(row["question_s"])):
+        kl = "-" if row["mean_kl"] is None else f"{row['mean_kl']:.4f}"
+        speeds = (f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.0f}")
+        figures = (size(row["bytes"]), *speeds, kl, f"{row['top1_agreement']:.3f}", "yes" if row["passes"] else "no")
+        table.add_row(row["decoder"], row["prompt_step"], *figures, style="bold" if row["chosen"] else None)
+    console.print(table)
+
+
 def print_catalog(rows: list[dict[str, Any]], console: Console) -> None:
     """The catalog, some lines a model. Sizes are computed from the shapes, claims are others' and not measured here."""
     for row in rows:

@@ -29,12 +29,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory, embedded_checkpoint: Path
     from export.bundling import export_bundle
 
     folder = tmp_path_factory.mktemp("bundles")
-    for recipe in ("fp32", "int8", "int4"):
+    recipes = ("fp32", "int8", "int8-fast", "int4")
+    for recipe in recipes:
         export_bundle(
             embedded_checkpoint, recipe=recipe, out=folder / recipe, name="tiny-scenes", auto_tile_px=256,
             show_progress=False,
         )  # fmt: skip
-    return {recipe: Bundle.load(folder / recipe) for recipe in ("fp32", "int8", "int4")}
+    return {recipe: Bundle.load(folder / recipe) for recipe in recipes}
 
 
 @pytest.fixture
