@@ -36,6 +36,7 @@ from models.bundle import (
     sha256_of,
 )
 from models.errors import BadRequest, NearfarError
+from models.prompt import read_template
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -171,6 +172,9 @@ def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
     for name in COPIED:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
+    path = folder / "tokenizer_config.json"  # where transformers.js looks for the chat template of these models
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(config | {"chat_template": read_template(folder)}, indent=2) + "\n")
 
 
 def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folder: Path, show_progress: bool) -> None:

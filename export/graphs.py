@@ -66,9 +66,10 @@ def write_embeddings(checkpoint: Checkpoint, path: Path, *, weights: Weights) ->
 
 
 def build_decoder(checkpoint: Checkpoint, *, half: bool = False) -> ir.Model:
-    """The fused decoder: inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*.
+    """The fused decoder: inputs_embeds, attention_mask, past_key_values.* -> logits, present.*.
 
-    With `half` weights, arithmetic and cache are float16, and inputs_embeds and logits stay float32.
+    Besides, position_ids, which nothing reads, and num_logits_to_keep, which may be left out. With `half` weights,
+    arithmetic and cache are float16, and inputs_embeds and logits stay float32.
     """
     model = checkpoint.model
     config = model.config.text_config
@@ -92,7 +93,19 @@ def build_decoder(checkpoint: Checkpoint, *, half: bool = False) -> ir.Model:
     if half:
         _take_float32_embeddings(decoder)
     keep_last_logits(decoder)
+    # Nothing reads it, since attention counts positions by itself; the loop of published model cards feeds it.
+    decoder.graph.inputs.append(ir.val("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"]))
+    for values in (decoder.graph.inputs, decoder.graph.outputs):  # those loops count on layer by layer, key and value
+        ordered = sorted(values, key=_layer)
+        values.clear()
+        values.extend(ordered)
     return decoder
+
+
+def _layer(value: ir.Value) -> int:
+    """Of a cache's input or output; -1 for others, which come first."""
+    name = str(value.name)
+    return int(name.split(".")[1]) if name.startswith(("past_key_values.", "present.")) else -1
 
 
 def _take_float32_embeddings(decoder: ir.Model) -> None:
@@ -146,13 +159,14 @@ def _leave_unrotated(decoder: ir.Model, layers: Sequence[int]) -> None:
 
 
 def keep_last_logits(decoder: ir.Model) -> None:
-    """Add the scalar input `num_logits_to_keep`: logits of the last that many positions, 0 for all.
+    """Add the scalar input `num_logits_to_keep`: logits of the last that many positions, 0 for all, left out for 1.
 
     A prompt step needs the last position's alone, and computes vocabulary x hidden products for each one more.
     """
     graph = decoder.graph
     head = next(node for node in graph if node.name == LM_HEAD)
-    keep = ir.val("num_logits_to_keep", ir.DataType.INT64, [])
+    default = ir.tensor(np.array(1, dtype=np.int64), name="num_logits_to_keep")
+    keep = ir.val("num_logits_to_keep", ir.DataType.INT64, [], const_value=default)
     first, last, axis = (
         ir.val(f"keep/{name}", const_value=ir.tensor(np.array([value], dtype=np.int64), name=f"keep/{name}"))
         for name, value in (("first", -1), ("end", np.iinfo(np.int64).max), ("axis", 1))
@@ -165,6 +179,7 @@ def keep_last_logits(decoder: ir.Model) -> None:
     graph.insert_before(head, [start, hidden])
     head.replace_input_with(0, hidden.outputs[0])
     graph.inputs.append(keep)
+    graph.register_initializer(keep)  # an input with an initializer is optional
     for logits in {head.outputs[0].name: head.outputs[0], "logits": graph.outputs[0]}.values():  # one, or one cast
         if logits.shape is not None:
             logits.shape = ir.Shape(["batch_size", "num_logits", logits.shape[2]])

@@ -108,6 +108,8 @@ class _Graph:
             raise BundleError(f"{path.name} does not load: {reason}") from error
         self.file = path.name
         self.inputs = {item.name: self._type(item) for item in self.session.get_inputs()}
+        optional = {item.name: self._type(item) for item in self.session.get_overridable_initializers()}
+        self.inputs |= {name: kind for name, kind in optional.items() if name == "num_logits_to_keep"}
         self.outputs = {item.name: self._type(item) for item in self.session.get_outputs()}
 
     def _type(self, item: ort.NodeArg) -> npt.DTypeLike:

@@ -55,16 +55,8 @@ class PromptRenderer:
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: TextTokenizer, image_tokens_per_tile: int) -> PromptRenderer:
-        """The template of `chat_template.jinja`, or of `chat_template.json`, or the one in `tokenizer_config.json`."""
-        plain = folder / "chat_template.jinja"
-        if plain.is_file():
-            return cls(plain.read_text(), tokenizer, image_tokens_per_tile)
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            path = folder / name
-            template = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
-            if isinstance(template, str):
-                return cls(template, tokenizer, image_tokens_per_tile)
-        raise BundleError(f"{folder} has no chat template")
+        """With the folder's template. Raises BundleError where it has none."""
+        return cls(read_template(folder), tokenizer, image_tokens_per_tile)
 
     def ids(self, messages: Sequence[Message], grids: Sequence[Grid]) -> list[int]:
         """Token ids of the whole prompt, the assistant's opening included. `grids`: one per picture, in order."""
@@ -129,3 +121,16 @@ def image_placeholder(grid: Grid, tokens_per_tile: int) -> str:
         for row in range(1, grid.rows + 1)
     )
     return f"{rows}{chr(10) if grid.rows else ''}{fake}<global-img>{image}{fake}"
+
+
+def read_template(folder: Path) -> str:
+    """What is in `chat_template.jinja`, or in `chat_template.json`, or in `tokenizer_config.json`."""
+    plain = folder / "chat_template.jinja"
+    if plain.is_file():
+        return plain.read_text()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        template = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
+        if isinstance(template, str):
+            return template
+    raise BundleError(f"{folder} has no chat template")

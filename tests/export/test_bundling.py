@@ -77,6 +77,7 @@ def test_inputs_and_outputs_have_the_published_names_and_dimensions(exported: di
     assert decoder == {
         "inputs_embeds": ("tensor(float)", ["batch_size", "sequence_length", 192]),
         "attention_mask": ("tensor(int64)", ["batch_size", "total_sequence_length"]),
+        "position_ids": ("tensor(int64)", ["batch_size", "sequence_length"]),
         "num_logits_to_keep": ("tensor(int64)", []),
         "logits": ("tensor(float)", ["batch_size", "num_logits", bundle.manifest.shapes.vocab_size]),
         **{f"past_key_values.{i}.{kind}": cache for i in range(4) for kind in ("key", "value")},
@@ -86,14 +87,15 @@ def test_inputs_and_outputs_have_the_published_names_and_dimensions(exported: di
 
 def signature(bundle: Bundle, name: Any) -> dict[str, tuple[str, list[Any]]]:
     session = ort.InferenceSession(str(bundle.graph(name)), providers=["CPUExecutionProvider"])
-    return {item.name: (item.type, item.shape) for item in (*session.get_inputs(), *session.get_outputs())}
+    items = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
+    return {item.name: (item.type, item.shape) for item in items}
 
 
 def test_the_number_of_logits_is_what_was_asked_for(exported: dict[str, Bundle]) -> None:
     session = ort.InferenceSession(
         str(exported["fp32"].graph("decoder_model_merged")), providers=["CPUExecutionProvider"]
     )
-    feeds: dict[str, Any] = {"attention_mask": np.ones((1, 5), np.int64)}
+    feeds: dict[str, Any] = {"attention_mask": np.ones((1, 5), np.int64), "position_ids": np.arange(5)[None]}
     feeds["inputs_embeds"] = np.random.default_rng(0).normal(size=(1, 5, 192)).astype(np.float32)
     for item in session.get_inputs():
         if item.name.startswith("past"):
@@ -104,6 +106,7 @@ def test_the_number_of_logits_is_what_was_asked_for(exported: dict[str, Bundle])
     assert rows[0].shape[1] == 5
     np.testing.assert_allclose(rows[1], rows[0][:, -1:], atol=1e-4)
     np.testing.assert_allclose(rows[3], rows[0][:, -3:], atol=1e-4)
+    np.testing.assert_array_equal(session.run(["logits"], feeds)[0], rows[1])  # left out, it is 1
 
 
 def test_quantized_matrices_multiply_in_int8(exported: dict[str, Bundle]) -> None:

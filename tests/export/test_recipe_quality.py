@@ -69,6 +69,7 @@ def measure(checkpoint: Checkpoint, plan: DecoderPlan, folder: Path) -> Measured
     empty = np.zeros((1, shapes.kv_heads, 0, shapes.head_dim), np.float32)
     feeds = {item.name: empty for item in session.get_inputs() if item.name.startswith("past")}
     feeds |= {"attention_mask": np.ones((1, WINDOW), np.int64), "num_logits_to_keep": np.array(0, np.int64)}
+    feeds["position_ids"] = np.arange(WINDOW)[None]
     with torch.inference_mode():
         for window in prose(checkpoint, 1, WINDOWS, WINDOW):
             ids = torch.tensor([window])
