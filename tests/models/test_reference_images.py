@@ -102,7 +102,7 @@ def assert_random_files_equal_the_reference(seed: int, count: int) -> None:
         image.convert(mode).save(buffer, kind, **({"exif": exif} if kind != "GIF" else {}))
         with Image.open(buffer) as opened:
             expected = ImageOps.exif_transpose(opened).convert("RGBA" if mode == "RGBA" else "RGB")
-        ours = decode_image(buffer.getvalue()).image
+        ours = decode_image(buffer.getvalue(), max_bytes=2**30).image  # noise takes more bytes than pictures do
         assert (ours.mode, ours.size) == (expected.mode, expected.size)
         assert_equal_tiles(ours, (TINY, SMOLVLM, SMOLVLM_2B)[number % 3], expected)
 
@@ -112,6 +112,7 @@ def test_forty_random_files_become_the_tiles_of_the_reference() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_five_hundred_random_files_become_the_tiles_of_the_reference(seed: int) -> None:
     assert_random_files_equal_the_reference(seed, 50)
