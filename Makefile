@@ -44,9 +44,9 @@ clean:  ## remove the environments and all that tools left behind
 # Installed as users install it, so a changed source is installed again. build/ goes first: setuptools would pack what lies there.
 .venv/.installed: pyproject.toml constraints.txt $(SOURCES)
 	@test -x .venv/bin/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "== installing nearfar[hosted,video,documents] into .venv (half a minute the first time)"
+	@echo "== installing nearfar[hosted] into .venv (half a minute the first time)"
 	@rm -rf build
-	@.venv/bin/python $(PIP_INSTALL) --no-compile '.[hosted,video,documents]'
+	@.venv/bin/python $(PIP_INSTALL) --no-compile '.[hosted]'
 	@rm -rf build
 	@touch $@
 

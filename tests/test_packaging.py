@@ -254,12 +254,15 @@ def dependency_list(name: str, folder: Path) -> set[str]:
     return names_of(done.stdout.split())
 
 
-def test_the_cpu_image_installs_the_runtime_and_hosted(tmp_path: Path) -> None:
-    assert dependency_list("Dockerfile.cpu", tmp_path) == names_of([*PROJECT["dependencies"], *EXTRAS["hosted"]])
+IMAGE_EXTRAS = [*EXTRAS["hosted"], *EXTRAS["video"], *EXTRAS["documents"]]
+
+
+def test_the_cpu_image_installs_the_runtime_hosted_and_media(tmp_path: Path) -> None:
+    assert dependency_list("Dockerfile.cpu", tmp_path) == names_of([*PROJECT["dependencies"], *IMAGE_EXTRAS])
 
 
 def test_the_gpu_image_installs_one_onnx_runtime_only(tmp_path: Path) -> None:
-    wanted = names_of([*PROJECT["dependencies"], *EXTRAS["hosted"], *EXTRAS["gpu"]])
+    wanted = names_of([*PROJECT["dependencies"], *IMAGE_EXTRAS, *EXTRAS["gpu"]])
     assert dependency_list("Dockerfile.gpu", tmp_path) == wanted - {"onnxruntime"}
 
 
