@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image, ImageOps
 
 from models.errors import BadRequest, PayloadTooLarge, UnsupportedMedia
-from models.images import MAX_IMAGE_PIXELS, media_type, reference_size, to_plain
+from models.images import MAX_IMAGE_PIXELS, known_format, reference_size, to_plain, unlike
 
 if TYPE_CHECKING:
     from pypdfium2 import PdfDocument
@@ -37,11 +37,6 @@ class Document(NamedTuple):
     total: int
 
 
-def is_document(data: bytes) -> bool:
-    """Whether the bytes begin like a PDF or a TIFF."""
-    return data[:1024].lstrip().startswith(b"%PDF-") or data.startswith((b"II*\x00", b"MM\x00*"))
-
-
 def read_document(data: bytes, *, longest_edge: int) -> Document:
     """The first pages, scaled by the first of the reference's two resizes, so that it changes nothing when it comes.
 
@@ -52,15 +47,12 @@ def read_document(data: bytes, *, longest_edge: int) -> Document:
         raise PayloadTooLarge(
             f"the document has {len(data)} bytes, at most {MAX_DOCUMENT_BYTES} are read", param="document"
         )
-    if not is_document(data):
-        try:
-            found = media_type(data)
-        except UnsupportedMedia:
-            found = "of another format"
-        except BadRequest as error:
-            raise BadRequest("not a document: the bytes are neither PDF nor TIFF", param="document") from error
-        raise UnsupportedMedia(f"the file is {found}: a document is PDF or TIFF", param="document")
-    return _read_tiff(data, longest_edge) if data[:2] in (b"II", b"MM") else _read_pdf(data, longest_edge)
+    match known_format(data):
+        case "PDF":
+            return _read_pdf(data, longest_edge)
+        case "TIFF":
+            return _read_tiff(data, longest_edge)
+    raise unlike(data, "document", "PDF or TIFF")
 
 
 def _read_pdf(data: bytes, longest_edge: int) -> Document:

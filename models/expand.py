@@ -13,10 +13,10 @@ from typing import Literal
 
 from PIL import Image
 
-from models.documents import is_document, read_document
-from models.images import Origin
+from models.documents import read_document
+from models.images import Origin, known_format
 from models.request import AnswerRequest, DocumentPart, ImagePart, Part, TextPart, VideoPart
-from models.video import MAX_FRAMES, container_format, read_video
+from models.video import MAX_FRAMES, read_video
 
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _ONES = (
@@ -29,9 +29,8 @@ FileKind = Literal["image", "document", "video"]
 
 def file_kind(data: bytes) -> FileKind:
     """What a file is by its first bytes. A GIF is a picture, and so is what nobody knows: that has its own error."""
-    if is_document(data):
-        return "document"
-    return "video" if container_format(data) in ("mp4", "matroska") else "image"
+    found = known_format(data)
+    return "document" if found in ("PDF", "TIFF") else "video" if found in ("MP4", "WebM") else "image"
 
 
 @dataclass(frozen=True, kw_only=True)

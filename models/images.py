@@ -30,8 +30,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 REFERENCE_MAX_SIDE_PX = 4096  # the reference processor's absolute bound on a resized side
 
 _ORIENTATION = 0x0112  # EXIF tag
-_OPENED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-_OTHER_FORMATS = (
+_FIRST_BYTES = (
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"GIF87a", "image/gif"),
+    (b"GIF89a", "image/gif"),
     (b"%PDF", "PDF"),
     (b"8BPS", "PSD"),
     (b"SIMPLE  =", "FITS"),
@@ -39,7 +42,9 @@ _OTHER_FORMATS = (
     (b"MM\x00*", "TIFF"),
     (b"BM", "BMP"),
     (b"\x00\x00\x01\x00", "ICO"),
+    (b"\x1a\x45\xdf\xa3", "WebM"),
 )
+_STILLS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")  # what an MP4 container of pictures says it is
 
 
 class Grid(NamedTuple):
@@ -91,27 +96,32 @@ class DecodedImage:
         return self.image.height
 
 
-def media_type(data: bytes) -> str:
-    """The MIME type by content, never by name: `image/jpeg|png|webp|gif`.
-
-    Raises UnsupportedMedia for known formats that are not opened, BadRequest for anything else.
-    """
-    if not data:
-        raise BadRequest("the image is empty", param="image")
+def known_format(data: bytes) -> str | None:
+    """What a file is by content, never by name: `image/jpeg|png|webp|gif`, which are opened, or the name of another."""
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp"
-    for magic, mime in zip(_OPENED, ("image/jpeg", "image/png", "image/gif", "image/gif"), strict=True):
-        if data.startswith(magic):
-            return mime
-    head = data[:512].lstrip()
-    other = next((name for magic, name in _OTHER_FORMATS if data.startswith(magic)), None)
     if data[4:8] == b"ftyp":
-        other = "HEIC or AVIF"
-    elif head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in data[:4096]):
-        other = "SVG"
-    if other:
-        raise UnsupportedMedia(f"{other} is not supported: send JPEG, PNG, WebP or GIF", param="image")
-    raise BadRequest("not an image: the bytes are neither JPEG, PNG, WebP nor GIF", param="image")
+        return "HEIC or AVIF" if data[8:12] in _STILLS else "MP4"
+    head = data[:512].lstrip()
+    if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in data[:4096]):
+        return "SVG"
+    return next((name for magic, name in _FIRST_BYTES if data.startswith(magic)), None)
+
+
+def media_type(data: bytes) -> str:
+    """The MIME type of a picture. Raises UnsupportedMedia for formats that are not opened, BadRequest for all else."""
+    found = known_format(data)
+    if found is None or not found.startswith("image/"):
+        raise unlike(data, "image", "JPEG, PNG, WebP or GIF")
+    return found
+
+
+def unlike(data: bytes, param: str, wanted: str) -> BadRequest:
+    """The error for bytes that are not what `param` takes: 415 where they are of another known format, else 400."""
+    found = known_format(data)
+    if found:
+        return UnsupportedMedia(f"{found} is not taken as {param}: send {wanted}", param=param)
+    return BadRequest(f"the {param} is {'of no known format' if data else 'empty'}: send {wanted}", param=param)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from models.errors import BadRequest, ContextLengthExceeded, PayloadTooLarge, UnsupportedMedia
-from models.images import media_type, reference_size
+from models.images import known_format, reference_size, unlike
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -37,7 +37,7 @@ MAX_FRAME_PIXELS = 4096 * 2304
 MAX_DECODED_PIXELS = 15_000_000_000
 CODECS = frozenset(("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "gif"))
 
-_CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (0, b"GIF87a", "gif"), (0, b"GIF89a", "gif"))
+_CONTAINERS = {"MP4": "mp4", "WebM": "matroska", "image/gif": "gif"}  # FFmpeg's names
 _COVER = 0x0400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a still beside sound
 _PLAYLISTS = ((b"#EXTM3U", "HLS"), (b"v=0", "SDP"), (b"ffconcat", "concat"), (b"<?xml", "DASH"), (b"<MPD", "DASH"))
 
@@ -64,13 +64,6 @@ class _Packet(NamedTuple):
     pts: int
     dts: int
     key: bool
-
-
-def container_format(data: bytes) -> str | None:
-    """FFmpeg's name of the container by its first bytes: `mp4` (also QuickTime), `matroska` (WebM) or `gif`."""
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis"):
-        return None
-    return next((name for at, magic, name in _CONTAINERS if data[at:].startswith(magic)), None)
 
 
 def read_video(data: bytes, *, longest_edge: int, max_frames: int = MAX_FRAMES) -> Video:
@@ -115,9 +108,12 @@ def sample_indices(total: int, *, fps: float, duration_s: float) -> list[int]:
 @contextmanager
 def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first moving picture, caps of the header checked; FFmpeg's errors become ours."""
-    kind = container_format(data)
+    kind = _CONTAINERS.get(known_format(data) or "")
     if kind is None:
-        _refuse(data)
+        lists = next((name for magic, name in _PLAYLISTS if data[:256].lstrip().startswith(magic)), None)
+        if lists:
+            raise UnsupportedMedia(f"{lists} lists other files, which are not opened: send the video", param="video")
+        raise unlike(data, "video", "MP4, WebM or GIF")
     try:
         import av
     except ModuleNotFoundError as error:
@@ -138,20 +134,6 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _open_nothing(url: str, flags: int, options: dict[str, str]) -> Any:
     raise PermissionError("a video may not open anything beside itself")
-
-
-def _refuse(data: bytes) -> NoReturn:
-    head = data[:256].lstrip()
-    playlist = next((name for magic, name in _PLAYLISTS if head.startswith(magic)), None)
-    if playlist:
-        raise UnsupportedMedia(f"{playlist} lists other files, which are not opened: send the video", param="video")
-    try:
-        found = media_type(data)
-    except UnsupportedMedia:
-        found = "of another format"
-    except BadRequest as error:
-        raise BadRequest("not a video: the bytes are neither MP4, WebM nor GIF", param="video") from error
-    raise UnsupportedMedia(f"the file is {found}: a video is MP4, WebM or GIF", param="video")
 
 
 def _check_header(container: InputContainer, stream: VideoStream) -> None:

@@ -13,6 +13,7 @@ import struct
 import sys
 import zlib
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -48,6 +49,31 @@ async def failure(answerer: OpenAICompatible, request=ASKED) -> UpstreamError:
     assert not any(isinstance(event, Finished) for event in events)
     assert "\n" not in events[-1].error.message
     return events[-1].error
+
+
+@pytest.mark.asyncio
+async def test_a_video_and_a_document_go_as_their_pictures_with_times_and_page_numbers(wire, ask_for):
+    clip = (Path(__file__).parents[1] / "models" / "golden" / "short.mp4").read_bytes()
+    pages = io.BytesIO()
+    Image.new("RGB", (90, 60), "red").save(pages, "TIFF", save_all=True, append_images=[Image.new("L", (60, 90))])
+    request = question("what happens?", document=pages.getvalue(), video=clip)
+    _, finished = await collect(ask_for().stream(request))
+    sent = wire.received[0].json["messages"][0]["content"]
+    texts = [part["text"] for part in sent if part["type"] == "text"]
+    assert texts[:2] == ["\nPage 1 of 2:", "\nPage 2 of 2:"]
+    assert texts[3].startswith("You are provided the following series of five frames from a 0:00:05")
+    assert texts[4] == "\nFrame from 00:00:"
+    assert texts[-1] == "what happens?"
+    kinds = [part["image_url"]["url"].partition(";")[0] for part in sent if part["type"] == "image_url"]
+    assert kinds == ["data:image/png"] * 2 + ["data:image/jpeg"] * 5
+    assert [(image.page, image.timestamp_s) for image in finished.images[:3]] == [(1, None), (2, None), (None, 0.0)]
+    assert finished.egress.bytes_sent == len(wire.received[0].body)
+
+
+@pytest.mark.asyncio
+async def test_a_damaged_video_is_refused_before_anything_is_sent(wire, ask_for):
+    assert isinstance(await failure(ask_for(), question("what?", video=b"\x00\x00\x00\x18ftypisom")), BadRequest)
+    assert wire.received == []
 
 
 @pytest.mark.asyncio

@@ -15,12 +15,12 @@ import pytest
 
 from models.documents import read_document
 from models.errors import UnsupportedMedia
-from models.expand import Expansion, expand, in_words
+from models.expand import Expansion, expand, file_kind, in_words
 from models.images import Grid, ImageProcessing, decode_image, tile_frame
 from models.prompt import PromptRenderer
 from models.request import AnswerRequest, ImagePart, Message, Part, TextPart, VideoPart
 from models.tokenizer import TextTokenizer
-from models.video import container_format, read_video, sample_indices
+from models.video import read_video, sample_indices
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -143,10 +143,11 @@ def test_numbers_are_written_in_words() -> None:
     ]  # fmt: skip
 
 
-def test_a_video_is_told_from_a_picture_by_its_first_bytes() -> None:
-    assert container_format(b"\x00\x00\x00\x18ftypheic" + bytes(8)) is None
-    assert container_format(clip()) == "mp4"
-    assert container_format(clip("libvpx", "webm")) == "matroska"
+def test_a_file_is_told_by_its_first_bytes() -> None:
+    clips = {name: (GOLDEN / name).read_bytes() for name in CLIPS}
+    assert [file_kind(clips[name]) for name in CLIPS] == ["video", "video", "video", "image"]
+    assert file_kind(b"\x00\x00\x00\x18ftypheic" + bytes(8)) == "image"
+    assert [file_kind(head) for head in (b"%PDF-1.4", b"II*\x00", b"MM\x00*")] == ["document"] * 3
 
 
 def test_without_its_extra_a_file_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

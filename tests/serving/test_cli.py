@@ -106,7 +106,7 @@ def test_wrong_use_is_one_line_and_status_2() -> None:
 def test_what_fails_is_one_line_and_status_1(tmp_path: Path) -> None:
     text = tmp_path / "a.png"
     text.write_text("hello")
-    assert_fails(nearfar("infer", str(text), "x"), 1, "not an image")
+    assert_fails(nearfar("infer", str(text), "x"), 1, "of no known format")
     assert_fails(nearfar("infer", PICTURE, "x", "--model", "nobody"), 1, "nobody")
     assert_fails(nearfar("models", "--model", str(tmp_path)), 1, "manifest.json")
 

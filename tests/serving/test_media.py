@@ -164,8 +164,8 @@ def tiff_bomb() -> bytes:
 
 
 BAD_FILES: dict[str, tuple[str, Any, int, str]] = {
-    "no bytes": ("video", lambda: b"", 400, "neither MP4, WebM nor GIF"),
-    "random bytes": ("video", lambda: bytes(range(7, 250)) * 20, 400, "neither MP4, WebM nor GIF"),
+    "no bytes": ("video", lambda: b"", 400, "send MP4, WebM or GIF"),
+    "random bytes": ("video", lambda: bytes(range(7, 250)) * 20, 400, "send MP4, WebM or GIF"),
     "a header alone": ("video", lambda: CLIP[:40], 400, "damaged"),
     "half an MP4": ("video", lambda: CLIP[: len(CLIP) // 2], 400, "damaged"),
     "a zeroed MP4": ("video", lambda: CLIP[:32] + bytes(5000), 400, "damaged"),
@@ -174,20 +174,20 @@ BAD_FILES: dict[str, tuple[str, Any, int, str]] = {
     "too many pixels": ("video", lambda: video(1, size=(4000, 3000)), 413, "pixels"),
     "more frames than the context holds": ("video", lambda: video(64), 400, "context"),
     "a picture as video": ("video", picture, 415, "image/png"),
-    "a PDF as video": ("video", lambda: circles("red"), 415, "another format"),
+    "a PDF as video": ("video", lambda: circles("red"), 415, "PDF is not taken"),
     "an HLS playlist": ("video", lambda: b"#EXTM3U\nhttp://127.0.0.1:1/x.ts\n", 415, "HLS"),
     "an SDP": ("video", lambda: b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", 415, "SDP"),
     "a DASH manifest": ("video", lambda: b"<?xml version='1.0'?><MPD/>", 415, "DASH"),
     "a concat list": ("video", lambda: b"ffconcat version 1.0\nfile /etc/passwd\n", 415, "concat"),
     "a picture as document": ("document", picture, 415, "image/png"),
-    "junk as document": ("document", lambda: b"hello" * 20, 400, "neither PDF nor TIFF"),
+    "junk as document": ("document", lambda: b"hello" * 20, 400, "send PDF or TIFF"),
     "half a PDF": ("document", lambda: circles("red")[:300], 400, "damaged"),
     "an encrypted PDF": ("document", encrypted, 400, "encrypted"),
     "half a TIFF": ("document", lambda: circles("red", kind="TIFF")[:300], 400, "damaged"),
     "a TIFF bomb": ("document", tiff_bomb, 413, "pixels"),
     "a PDF as picture": ("image", lambda: circles("red"), 415, "PDF"),
     "a TIFF as picture": ("image", lambda: circles("red", kind="TIFF"), 415, "TIFF"),
-    "a video as picture": ("image", lambda: CLIP, 415, "not supported"),
+    "a video as picture": ("image", lambda: CLIP, 415, "MP4 is not taken"),
 }
 
 
