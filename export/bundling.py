@@ -25,7 +25,7 @@ from export.checkpoint import Checkpoint, load_checkpoint
 from export.decoders import DecoderWriter
 from export.graphs import write_embeddings
 from export.quantize import RECIPES, RecipePlan
-from export.vision import quantize_vision, write_vision
+from export.vision import halve_vision, quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
     NAME,
@@ -181,15 +181,16 @@ def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folde
     folder.mkdir()
     vision = folder / plan.file("vision_encoder")
     with tqdm(total=2, desc="export", unit="graph", file=sys.stderr, disable=not show_progress) as bar:
-        if plan.int8_vision_and_embeddings:
+        if plan.beside == "float32":
+            write_vision(checkpoint, vision)
+        else:
             with tempfile.TemporaryDirectory(dir=folder) as plain:
                 write_vision(checkpoint, Path(plain, vision.name))
-                quantize_vision(Path(plain, vision.name), vision)
-        else:
-            write_vision(checkpoint, vision)
+                lighten = quantize_vision if plan.beside == "int8" else halve_vision
+                lighten(Path(plain, vision.name), vision)
         bar.update()
         path = folder / plan.file("embed_tokens")
-        write_embeddings(checkpoint, path, weights="int8" if plan.int8_vision_and_embeddings else "float32")
+        write_embeddings(checkpoint, path, weights=plan.beside)
         bar.update()
 
 

@@ -141,7 +141,7 @@ class DecoderWriter:
         }
         for old in (self._folder / "onnx").glob("decoder*"):
             old.unlink()
-        built = build_decoder(self._checkpoint)
+        built = build_decoder(self._checkpoint, half=decoder.half)
         quantize_decoder(built, decoder, self._calibration(decoder))
         save_graph(built, self._folder / graphs["decoder_model_merged"].file)
         if decoder.int8_prompt:

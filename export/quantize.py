@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.graphs import LM_HEAD
+from export.graphs import LM_HEAD, Weights
 from export.rounding import Rounded, block_size, round_to_nearest
 from models.bundle import GraphName, Recipe
 from models.quality import GATES, Gate
@@ -31,7 +31,7 @@ PROMPT_LEVELS = 63
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPlan:
-    """How a decoder's matrices are stored: `bits` None is float32.
+    """How a decoder's matrices are stored: `bits` None is as floats. `half`: floats and cache are float16.
 
     `eight_bit_parts` names, by parts of their names, matrices that take 8 bits all the same, in blocks of 128.
     `int8_prompt`: the prompt step has a graph of its own.
@@ -41,6 +41,7 @@ class DecoderPlan:
     block: int = 128
     eight_bit_parts: tuple[str, ...] = ()
     int8_prompt: bool = False
+    half: bool = False
 
     def bits_and_block(self, name: str) -> tuple[int, int]:
         """Of the matrix of that name; None bits are asked for nothing."""
@@ -50,7 +51,7 @@ class DecoderPlan:
 
     def in_words(self) -> dict[GraphName, str]:
         if self.bits is None:
-            return {"decoder_model_merged": "float32"}
+            return {"decoder_model_merged": "float16" if self.half else "float32"}
         method = ", GPTQ" if self.bits == 4 else ""
         words = f"{self.bits}-bit MatMulNBits in blocks of at most {self.block}{method}"
         found: dict[GraphName, str] = {
@@ -71,7 +72,7 @@ class RecipePlan:
     suffix: str
     gate: Gate
     decoders: tuple[DecoderPlan, ...]
-    int8_vision_and_embeddings: bool = True
+    beside: Weights = "int8"
     fastest: bool = False
 
     def file(self, graph: GraphName) -> str:
@@ -79,8 +80,8 @@ class RecipePlan:
 
     def in_words(self) -> dict[GraphName, str]:
         """How the graphs beside the decoder store their weights."""
-        if not self.int8_vision_and_embeddings:
-            return {"vision_encoder": "float32", "embed_tokens": "float32"}
+        if self.beside != "int8":
+            return {"vision_encoder": self.beside, "embed_tokens": self.beside}
         vision = "MatMul in dynamic int8, 7 bits signed per channel; the rest float32"
         return {"vision_encoder": vision, "embed_tokens": "int8, one scale per row"}
 
@@ -92,12 +93,19 @@ FOUR_BITS = (
 )
 RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
     {
-        "fp32": RecipePlan(suffix="", gate=GATES["fp32"], decoders=(DecoderPlan(),), int8_vision_and_embeddings=False),
+        "fp32": RecipePlan(suffix="", gate=GATES["fp32"], decoders=(DecoderPlan(),), beside="float32"),
+        "fp16": RecipePlan(suffix="_fp16", gate=GATES["fp16"], decoders=(DecoderPlan(half=True),), beside="float16"),
         "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoders=(DecoderPlan(bits=8),)),
         "int8-fast": RecipePlan(
             suffix="_int8", gate=GATES["int8-fast"], decoders=(DecoderPlan(bits=8, int8_prompt=True),)
         ),
         "int4": RecipePlan(suffix="_q4", gate=GATES["int4"], decoders=FOUR_BITS),
+        "q4f16": RecipePlan(
+            suffix="_q4f16",
+            gate=GATES["int4"],
+            decoders=tuple(replace(decoder, half=True) for decoder in FOUR_BITS),
+            beside="float16",
+        ),
         "auto": RecipePlan(
             suffix="_quantized",
             gate=GATES["auto"],
@@ -207,7 +215,10 @@ def _store(node: ir.Node, matrix: Rounded) -> None:
     }
     for name, number in attributes.items():
         node.attributes[name] = ir.AttrInt64(name, number)
-    _replace_constants(node, {f"codes{matrix.bits}": packed, "scales": matrix.scales})
+    constant = _constant(node)
+    half = constant is not None and constant.dtype == ir.DataType.FLOAT16
+    scales = matrix.scales.half() if half else matrix.scales
+    _replace_constants(node, {f"codes{matrix.bits}": packed, "scales": scales})
 
 
 def _replace_constants(node: ir.Node, tensors: Mapping[str, torch.Tensor]) -> None:

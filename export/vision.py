@@ -1,4 +1,4 @@
-"""The vision graph: tiles in, image features out, in float32 and with its matrices in int8.
+"""The vision graph: tiles in, image features out, in float32, in float16, and with its matrices in int8.
 
 optimum's exporter and its output validation write it, with a configuration of our own (optimum has none for this
 family). It traces with TorchScript, whose graph is the plain one that ONNX Runtime's fusions and quantizer know.
@@ -17,6 +17,7 @@ import onnx_ir
 import torch
 from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantFormat, QuantizationMode, QuantType
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from optimum.exporters.onnx import OnnxConfig, export, validate_model_outputs
 from optimum.onnxruntime import ORTQuantizer, QuantizationConfig
 from optimum.utils import DummyInputGenerator, NormalizedConfig
@@ -84,6 +85,13 @@ def write_vision(checkpoint: Checkpoint, path: Path) -> None:
     ]
     graph.graph.input.append(helper.make_tensor_value_info("pixel_attention_mask", TensorProto.BOOL, mask_shape))
     save_graph(onnx_ir.from_proto(graph), path)
+
+
+def halve_vision(source: Path, target: Path) -> None:
+    """Write `source` with weights and arithmetic in float16; inputs and outputs stay float32."""
+    # Its shape inference would serialize the model, which may be near protobuf's 2 GiB.
+    half = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True)
+    save_graph(onnx_ir.from_proto(half), target)
 
 
 def quantize_vision(source: Path, target: Path, *, reduce_range: bool = True) -> None:

@@ -42,6 +42,7 @@ class Gate:
 GATES: Mapping[str, Gate] = MappingProxyType(
     {
         "fp32": Gate(max_logit_error=1e-3),
+        "fp16": Gate(max_mean_kl=0.005),
         "int8": Gate(max_mean_kl=0.02),
         "int8-fast": Gate(max_mean_kl=0.10),
         "auto": Gate(max_mean_kl=0.10),

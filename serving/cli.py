@@ -213,7 +213,10 @@ def export(
     source: Annotated[Path, typer.Argument(help="checkpoint folder of a SmolVLM or Idefics3 model, safetensors")],
     out: Annotated[Path, typer.Option(help="bundle folder to make")],
     recipe: Annotated[
-        str, typer.Option(help="fp32, fp16, int8, int8-fast, int4, or auto: the fastest decoder that passes")
+        str,
+        typer.Option(
+            help="fp32, int8, int8-fast or int4; auto: the fastest decoder that passes; for a GPU fp16 or q4f16"
+        ),
     ] = "int8",
     adapter: Annotated[Path | None, typer.Option(help="PEFT LoRA adapter folder to merge first")] = None,
     name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,

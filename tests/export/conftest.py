@@ -23,19 +23,27 @@ def embedded_checkpoint() -> Path:
     return EMBEDDED
 
 
+class Exports(dict[str, Bundle]):
+    """The embedded checkpoint's bundles by recipe, each exported when first asked for, loaded with hashes checked."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        super().__init__()
+        self._checkpoint, self._folder = checkpoint, folder
+
+    def __missing__(self, recipe: str) -> Bundle:
+        from export.bundling import export_bundle
+
+        out = self._folder / recipe
+        export_bundle(
+            self._checkpoint, recipe=recipe, out=out, name="tiny-scenes", auto_tile_px=256, show_progress=False
+        )
+        self[recipe] = Bundle.load(out)
+        return self[recipe]
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, embedded_checkpoint: Path) -> dict[str, Bundle]:
-    """The embedded checkpoint under every recipe, each exported once and loaded with its hashes checked."""
-    from export.bundling import export_bundle
-
-    folder = tmp_path_factory.mktemp("bundles")
-    recipes = ("fp32", "int8", "int8-fast", "int4")
-    for recipe in recipes:
-        export_bundle(
-            embedded_checkpoint, recipe=recipe, out=folder / recipe, name="tiny-scenes", auto_tile_px=256,
-            show_progress=False,
-        )  # fmt: skip
-    return {recipe: Bundle.load(folder / recipe) for recipe in recipes}
+    return Exports(embedded_checkpoint, tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from models.errors import BadRequest, NearfarError
 from models.onnx_model import OnnxModel
 from models.quality import QualityGateFailed
 
-SIZE_BOUNDS = {"fp32": 18_000_000, "int8": 12_000_000, "int8-fast": 12_000_000, "int4": 12_000_000}
+SIZE_BOUNDS = {"fp32": 18_000_000, "fp16": 9_500_000, "int8": 12_000_000, "int8-fast": 12_000_000, "int4": 12_000_000}
 
 
 @pytest.mark.parametrize("recipe", SIZE_BOUNDS)
@@ -43,7 +43,7 @@ def test_the_embedded_model_passes_the_gate_of(exported: dict[str, Bundle], reci
     assert sum(entry.bytes for entry in manifest.files.values()) <= SIZE_BOUNDS[recipe]
 
 
-@pytest.mark.parametrize(("recipe", "suffix"), [("fp32", ""), ("int8", "_int8"), ("int4", "_q4")])
+@pytest.mark.parametrize(("recipe", "suffix"), [("fp32", ""), ("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")])
 def test_files_have_the_published_layout(exported: dict[str, Bundle], recipe: str, suffix: str) -> None:
     bundle = exported[recipe]
     names = {name for name in bundle.manifest.files if name.startswith("onnx/")}
@@ -59,7 +59,7 @@ def test_files_have_the_published_layout(exported: dict[str, Bundle], recipe: st
     assert "training_state.pt" not in on_disk
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4"])
 def test_inputs_and_outputs_have_the_published_names_and_dimensions(exported: dict[str, Bundle], recipe: str) -> None:
     bundle = exported[recipe]
     vision, embed, decoder = (signature(bundle, name) for name in bundle.manifest.graphs)
@@ -72,8 +72,9 @@ def test_inputs_and_outputs_have_the_published_names_and_dimensions(exported: di
         "input_ids": ("tensor(int64)", ["batch_size", "sequence_length"]),
         "inputs_embeds": ("tensor(float)", ["batch_size", "sequence_length", 192]),
     }
-    cache = ("tensor(float)", ["batch_size", 2, "past_sequence_length", 32])
-    grown = ("tensor(float)", ["batch_size", 2, "total_sequence_length", 32])
+    kind = "tensor(float16)" if recipe == "fp16" else "tensor(float)"
+    cache = (kind, ["batch_size", 2, "past_sequence_length", 32])
+    grown = (kind, ["batch_size", 2, "total_sequence_length", 32])
     assert decoder == {
         "inputs_embeds": ("tensor(float)", ["batch_size", "sequence_length", 192]),
         "attention_mask": ("tensor(int64)", ["batch_size", "total_sequence_length"]),
@@ -230,6 +231,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, embedded_che
     [
         ("idefics3", "fp32", {}),
         ("smolvlm", "int8", {"tie_word_embeddings": True, "num_key_value_heads": 8}),
+        ("smolvlm", "q4f16", {"head_dim": 32}),
         ("smolvlm", "int4", {"num_key_value_heads": 2, "hidden_size": 144, "num_attention_heads": 6, "head_dim": 32}),
         ("idefics3", "fp32", {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 4}),
     ],
