@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, load_checkpoint
@@ -36,13 +38,16 @@ from models.bundle import (
     sha256_of,
 )
 from models.errors import BadRequest, NearfarError
+from models.images import tile_image
 from models.prompt import read_template
+from models.tiny_scenes.scenes import draw_scene
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
 MADE_WITH = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")
+VISION_PICTURES = 3  # pictures that int8 is checked on, one tile each
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8-fast": 2.6, "auto": 2.6}  # on disk, generously; of all others 1.3
 
 
@@ -81,7 +86,7 @@ def export_bundle(
     with _folder_beside(out) as folder:
         _check_space(checkpoint, recipe, folder)
         _write_texts(checkpoint, folder)
-        _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
+        vision_in_words = _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
         draft = Manifest(
             format=1,
             name=name,
@@ -98,7 +103,9 @@ def export_bundle(
         measured = DecoderWriter(checkpoint, plan, folder, draft, show_progress).write()
         _write_config(checkpoint, folder)
         taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=_peak_bytes())
-        manifest = measured.model_copy(update={"files": _hashes(folder), "export": taken})
+        vision = measured.graphs["vision_encoder"].model_copy(update={"weights": vision_in_words})
+        graphs = measured.graphs | {"vision_encoder": vision}
+        manifest = measured.model_copy(update={"graphs": graphs, "files": _hashes(folder), "export": taken})
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _move_into_place(folder, out)
     return manifest
@@ -177,8 +184,10 @@ def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
     path.write_text(json.dumps(config | {"chat_template": read_template(folder)}, indent=2) + "\n")
 
 
-def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folder: Path, show_progress: bool) -> None:
+def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folder: Path, show_progress: bool) -> str:
+    """Returns in words how the vision graph's weights are stored."""
     folder.mkdir()
+    words: str = plan.beside
     vision = folder / plan.file("vision_encoder")
     with tqdm(total=2, desc="export", unit="graph", file=sys.stderr, disable=not show_progress) as bar:
         if plan.beside == "float32":
@@ -186,12 +195,17 @@ def _write_vision_and_embeddings(checkpoint: Checkpoint, plan: RecipePlan, folde
         else:
             with tempfile.TemporaryDirectory(dir=folder) as plain:
                 write_vision(checkpoint, Path(plain, vision.name))
-                lighten = quantize_vision if plan.beside == "int8" else halve_vision
-                lighten(Path(plain, vision.name), vision)
+                if plan.beside == "int8":
+                    pictures = [draw_scene(Random(seed), held_out=True).image for seed in range(VISION_PICTURES)]
+                    tiles = [tile_image(picture, "low", checkpoint.processing).pixels for picture in pictures]
+                    words = quantize_vision(Path(plain, vision.name), vision, np.concatenate(tiles))
+                else:
+                    halve_vision(Path(plain, vision.name), vision)
         bar.update()
         path = folder / plan.file("embed_tokens")
         write_embeddings(checkpoint, path, weights=plan.beside)
         bar.update()
+    return words
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
