@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
 from export.graphs import build_decoder, save_graph
-from export.quantize import DecoderPlan, RecipePlan, int8_prompt_decoder, quantize_decoder
+from export.quantize import PROXY, DecoderPlan, RecipePlan, dynamic_int8, quantize_decoder
 from export.rounding import INPUTS, Rounded, calibrate
 from export.verify import draw_cases, text_cases, verify
 from models.bundle import Bundle, GraphEntry, GraphName, Manifest
@@ -129,6 +129,8 @@ class DecoderWriter:
         quality = verify(self._cases, self._texts, model, show_progress=self._progress)
         quality["weights"] = "the checkpoint's own"
         quality["processor"] = " ".join([processor().name, *processor().instruction_sets])
+        if not self._trained and self._plan.proxy_mean_kl is not None:
+            quality["proxy"] = {"mean_kl": self._plan.proxy_mean_kl, "mean_kl_is": PROXY}
         if decoder.bits == 4:
             quality["calibration"] = INPUTS if self._trained else "none: of random weights nothing can be learnt"
         return measured.model_copy(update={"quality": quality}), model
@@ -146,7 +148,7 @@ class DecoderWriter:
         save_graph(built, self._folder / graphs["decoder_model_merged"].file)
         if decoder.int8_prompt:
             built = build_decoder(self._checkpoint)
-            int8_prompt_decoder(built)
+            dynamic_int8(built)
             save_graph(built, self._folder / graphs["decoder_prompt"].file)
         return graphs
 

@@ -2,7 +2,7 @@
 
 - Decoder: MatMulNBits, symmetric, in blocks along the inputs. accuracy_level 4 multiplies in int8; left unset, it costs
   half the speed on a CPU. 8 bits are rounded to nearest, 4 bits by GPTQ (`export.rounding`).
-- Prompt step of its own, where a recipe has one: dynamic int8, see `int8_prompt_decoder`.
+- Prompt step of its own, where a recipe has one: dynamic int8, see `dynamic_int8`.
 - Vision: dynamic int8, in `export.vision`. Embeddings: int8 with a scale per row, in `export.graphs`.
 """
 
@@ -31,32 +31,52 @@ class DecoderPlan:
     """How a decoder's matrices are stored: `bits` None is as floats. `half`: floats and cache are float16.
 
     `eight_bit_parts` names, by parts of their names, matrices that take 8 bits all the same, in blocks of 128.
-    `int8_prompt`: the prompt step has a graph of its own.
+    `eight_bit_share` is the share of the other weights that do, those matrices first whose product calibration saw lose
+    most. `dynamic`: dynamic int8 for every step; `int8_prompt`: in a graph of its own for the prompt step.
     """
 
     bits: int | None = None
     block: int = 128
     eight_bit_parts: tuple[str, ...] = ()
+    eight_bit_share: float = 0.0
+    dynamic: bool = False
     int8_prompt: bool = False
     half: bool = False
 
-    def bits_and_block(self, name: str) -> tuple[int, int]:
-        """Of the matrix of that name; None bits are asked for nothing."""
-        if self.bits == 8 or any(part in name for part in self.eight_bit_parts):
-            return 8, 128
-        return self.bits or 32, self.block
+    def eight_bit_names(self, sizes: Mapping[str, int], calibrated: Mapping[str, Rounded]) -> set[str]:
+        """Of a decoder's matrices, given with their number of weights, those that take 8 bits."""
+        if self.bits == 8:
+            return set(sizes)
+        chosen = {name for name in sizes if any(part in name for part in self.eight_bit_parts)}
+        others = [name for name in sizes if name in calibrated and name not in chosen]
+        room = self.eight_bit_share * sum(sizes[name] for name in others)
+        for name in sorted(others, key=lambda name: calibrated[name].lost, reverse=True):
+            room -= sizes[name]
+            if room < 0:
+                break
+            chosen.add(name)
+        return chosen
 
     def in_words(self) -> dict[GraphName, str]:
+        dynamic = "dynamic int8 per row, int8 per channel; lm_head in 8-bit MatMulNBits"
         if self.bits is None:
-            return {"decoder_model_merged": "float16" if self.half else "float32"}
+            floats = "float16" if self.half else "float32"
+            return {"decoder_model_merged": dynamic if self.dynamic else floats}
         method = ", GPTQ" if self.bits == 4 else ""
         words = f"{self.bits}-bit MatMulNBits in blocks of at most {self.block}{method}"
-        found: dict[GraphName, str] = {
-            "decoder_model_merged": words + "".join(f"; {part} in 8 bits" for part in self.eight_bit_parts)
-        }
+        words += "".join(f"; {part} in 8 bits" for part in self.eight_bit_parts)
+        if self.eight_bit_share:
+            words += f"; {self.eight_bit_share:.0%} of the rest in 8 bits, the most sensitive matrices"
+        found: dict[GraphName, str] = {"decoder_model_merged": words}
         if self.int8_prompt:
-            found["decoder_prompt"] = "dynamic int8 per row, int8 per channel; lm_head in 8-bit MatMulNBits"
+            found["decoder_prompt"] = dynamic
         return found
+
+
+PROXY = (
+    "not of this bundle: SmolLM2-135M-Instruct's text weights in the 256M shape, 4,096 tokens of pydoc_data.topics, on "
+    "an AMD EPYC (Zen 3, AVX2), by tests/export/test_recipe_quality.py"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +91,7 @@ class RecipePlan:
     decoders: tuple[DecoderPlan, ...]
     beside: Weights = "int8"
     fastest: bool = False
+    proxy_mean_kl: float | None = None  # of its first decoder, as PROXY says
 
     def file(self, graph: GraphName) -> str:
         return f"{graph}{self.suffix}.onnx"
@@ -92,11 +113,14 @@ RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
     {
         "fp32": RecipePlan(suffix="", gate=GATES["fp32"], decoders=(DecoderPlan(),), beside="float32"),
         "fp16": RecipePlan(suffix="_fp16", gate=GATES["fp16"], decoders=(DecoderPlan(half=True),), beside="float16"),
-        "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoders=(DecoderPlan(bits=8),)),
+        "int8": RecipePlan(suffix="_int8", gate=GATES["int8"], decoders=(DecoderPlan(bits=8),), proxy_mean_kl=0.0096),
         "int8-fast": RecipePlan(
-            suffix="_int8", gate=GATES["int8-fast"], decoders=(DecoderPlan(bits=8, int8_prompt=True),)
+            suffix="_int8",
+            gate=GATES["int8-fast"],
+            decoders=(DecoderPlan(bits=8, int8_prompt=True),),
+            proxy_mean_kl=0.047,
         ),
-        "int4": RecipePlan(suffix="_q4", gate=GATES["int4"], decoders=FOUR_BITS),
+        "int4": RecipePlan(suffix="_q4", gate=GATES["int4"], decoders=FOUR_BITS, proxy_mean_kl=0.154),
         "q4f16": RecipePlan(
             suffix="_q4f16",
             gate=GATES["int4"],
@@ -106,10 +130,10 @@ RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
         "auto": RecipePlan(
             suffix="_quantized",
             gate=GATES["auto"],
-            decoders=tuple(
-                replace(decoder, int8_prompt=fast)
-                for decoder in (DecoderPlan(bits=8), *FOUR_BITS)
-                for fast in (True, False)
+            decoders=(
+                DecoderPlan(dynamic=True),
+                *(replace(decoder, int8_prompt=True) for decoder in (DecoderPlan(bits=8), *FOUR_BITS)),
+                *(DecoderPlan(bits=8), *FOUR_BITS),
             ),
             fastest=True,
         ),
@@ -122,12 +146,17 @@ def quantize_decoder(decoder: ir.Model, plan: DecoderPlan, calibrated: Mapping[s
 
     4-bit matrices are taken from `calibrated` by node name where they stand there, all others rounded to nearest.
     """
+    if plan.dynamic:
+        dynamic_int8(decoder)
     if plan.bits is None:
         return
-    for node in constant_products(decoder):
-        bits, most = plan.bits_and_block(str(node.name))
-        matrix = calibrated.get(str(node.name)) if bits == 4 else None
-        _store(node, matrix or _nearest(node, bits, most))
+    nodes = {str(node.name): node for node in constant_products(decoder)}
+    eight = plan.eight_bit_names({name: _constant(node).size for name, node in nodes.items()}, calibrated)
+    for name, node in nodes.items():
+        if name in eight:
+            _store(node, _nearest(node, 8, 128))
+        else:
+            _store(node, calibrated.get(name) or _nearest(node, plan.bits, plan.block))
 
 
 def _nearest(node: ir.Node, bits: int, most: int) -> Rounded:
@@ -135,8 +164,8 @@ def _nearest(node: ir.Node, bits: int, most: int) -> Rounded:
     return round_to_nearest(weight, bits=bits, block=block_size(weight.shape[1], most))
 
 
-def int8_prompt_decoder(decoder: ir.Model) -> None:
-    """Make the decoder one for prompt steps, in place: dynamic int8, which reaches the integer matrix units.
+def dynamic_int8(decoder: ir.Model) -> None:
+    """Make the decoder multiply in dynamic int8, in place: it reaches the integer matrix units, which prompts need.
 
     lm_head sees one position, and stays in 8-bit MatMulNBits.
     """
@@ -205,19 +234,20 @@ def _divided_by_largest(graph: ir.Graph, before: ir.Node, fed: ir.Value) -> tupl
 
 def constant_products(model: ir.Model) -> list[ir.Node]:
     """Its MatMul nodes with a constant matrix; attention multiplies two activations."""
-    return [node for node in model.graph if node.op_type == "MatMul" and _constant(node) is not None]
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    return [node for node in products if node.inputs[1] is not None and node.inputs[1].const_value is not None]
 
 
-def _constant(node: ir.Node) -> ir.TensorProtocol | None:
+def _constant(node: ir.Node) -> ir.TensorProtocol:
     value = node.inputs[1]
-    return value.const_value if value is not None else None
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value
 
 
 def _weight(node: ir.Node) -> torch.Tensor:
     """[output, input], float32."""
-    constant = _constant(node)
-    assert constant is not None
-    return torch.from_numpy(constant.numpy().astype(np.float32)).T
+    return torch.from_numpy(_constant(node).numpy().astype(np.float32)).T
 
 
 def _store(node: ir.Node, matrix: Rounded) -> None:
@@ -236,9 +266,7 @@ def _store(node: ir.Node, matrix: Rounded) -> None:
     }
     for name, number in attributes.items():
         node.attributes[name] = ir.AttrInt64(name, number)
-    constant = _constant(node)
-    half = constant is not None and constant.dtype == ir.DataType.FLOAT16
-    scales = matrix.scales.half() if half else matrix.scales
+    scales = matrix.scales.half() if _constant(node).dtype == ir.DataType.FLOAT16 else matrix.scales
     _replace_constants(node, {f"codes{matrix.bits}": packed, "scales": scales})
 
 

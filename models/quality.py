@@ -36,6 +36,7 @@ class Gate:
 
     max_mean_kl: float | None = None
     max_logit_error: float | None = None
+    min_vision_cosine: float | None = None  # mean over image tokens
 
 
 # By recipe; what stands in no row has the widest bound.
@@ -43,10 +44,10 @@ GATES: Mapping[str, Gate] = MappingProxyType(
     {
         "fp32": Gate(max_logit_error=1e-3),
         "fp16": Gate(max_mean_kl=0.005),
-        "int8": Gate(max_mean_kl=0.02),
-        "int8-fast": Gate(max_mean_kl=0.10),
-        "auto": Gate(max_mean_kl=0.10),
-        "int4": Gate(max_mean_kl=0.20),
+        "int8": Gate(max_mean_kl=0.02, min_vision_cosine=0.999),
+        "int8-fast": Gate(max_mean_kl=0.10, min_vision_cosine=0.999),
+        "auto": Gate(max_mean_kl=0.10, min_vision_cosine=0.999),
+        "int4": Gate(max_mean_kl=0.20, min_vision_cosine=0.999),
     }
 )
 
@@ -134,6 +135,9 @@ def check(quality: Mapping[str, Any], gate: Gate) -> None:
         figure = quality[name]
         if bound is not None and figure is not None and not figure <= bound:
             raise QualityGateFailed(f"{name} is {figure:.4g} {unit}".rstrip() + f", at most {bound:g} is allowed")
+    cosine, least = quality.get("vision_cosine_mean"), gate.min_vision_cosine
+    if cosine is not None and least is not None and quality["kl_meaningful"] and not cosine >= least:
+        raise QualityGateFailed(f"vision_cosine_mean is {cosine:.6g}, at least {least:g} is asked for")
     if "text" in quality:
         check(quality["text"], gate)
 

@@ -59,5 +59,19 @@ def test_a_figure_past_its_bound_names_both(changed: dict[str, Any], text: str) 
         check(quality(**changed), Gate(max_mean_kl=0.02, max_logit_error=0.5))
 
 
+def test_features_that_turned_away_fail_unless_the_weights_are_random() -> None:
+    gate = Gate(max_mean_kl=0.02, min_vision_cosine=0.999)
+    check(quality(vision_cosine_mean=0.9991, kl_meaningful=True), gate)
+    check(quality(vision_cosine_mean=0.9, kl_meaningful=False, mean_kl=None), gate)
+    with pytest.raises(QualityGateFailed, match=r"vision_cosine_mean is 0\.99, at least 0\.999 is asked for"):
+        check(quality(vision_cosine_mean=0.99, kl_meaningful=True), gate)
+
+
+def test_figures_over_text_pass_the_same_gate() -> None:
+    check(quality(text=quality()), Gate(max_mean_kl=0.02))
+    with pytest.raises(QualityGateFailed, match=r"mean_kl is 0\.5"):
+        check(quality(text=quality(mean_kl=0.5)), Gate(max_mean_kl=0.02))
+
+
 def test_kl_of_random_weights_is_not_asked_for() -> None:
     check(quality(mean_kl=None, max_logit_error=3.0), Gate(max_mean_kl=0.02))
