@@ -8,19 +8,25 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from models.bundle import Bundle
-from models.errors import BadRequest, NearfarError
+from models.catalog import NOT_VERIFIED
+from models.errors import BadRequest, NearfarError, NotFound, Unavailable
 from models.expand import file_kind
 from models.request import GenerationSettings, Policy, Task, question
 from serving.settings import Settings
+
+if TYPE_CHECKING:
+    from serving.pull import Plan
 
 app = typer.Typer(
     name="nearfar",
@@ -31,7 +37,7 @@ app = typer.Typer(
 )
 ModelsOption = Annotated[
     list[str] | None,
-    typer.Option("--model", help="embedded model or bundle folder; repeatable, the first is the default"),
+    typer.Option("--model", help="model name or bundle folder; repeatable, the first is the default"),
 ]
 FileArgument = Annotated[
     Path,
@@ -39,6 +45,8 @@ FileArgument = Annotated[
         metavar="FILE", help="picture (JPEG, PNG, WebP, GIF), video (MP4, WebM) or document (PDF, TIFF), by content"
     ),
 ]
+YesFlag = Annotated[bool, typer.Option("--yes", "-y", help="fetch an absent model without asking")]
+OfflineFlag = Annotated[bool, typer.Option("--offline", help="fetch nothing: only what is on this machine")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON; where HTTP has the same, its object")]
 
 
@@ -70,8 +78,10 @@ def serve(
     allow_anonymous: Annotated[
         bool | None, typer.Option("--allow-anonymous", help="serve other machines keyless")
     ] = None,
+    yes: YesFlag = False,
+    offline: OfflineFlag = False,
 ) -> None:
-    """Serve POST /infer, POST /compare, the /v1 dialect and the page."""
+    """Serve POST /infer, POST /compare, the /v1 dialect and the page. A named model that is absent is fetched first."""
     settings = settings_from(
         host=host,
         port=port,
@@ -80,10 +90,12 @@ def serve(
         policy=policy,
         threads=threads,
         allow_anonymous=allow_anonymous,
+        offline=offline or None,
     )
     refusal = settings.refusal_to_bind()
     if refusal:
         fail(refusal, status=2)
+    _fetch_absent(settings, yes=yes)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line for every request
     run_server(settings)
@@ -128,21 +140,25 @@ def infer(
     prompt: Annotated[
         str | None, typer.Argument(help="the question; may be left out with --task caption, ocr or document")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="target name or bundle folder")] = None,
+    model: Annotated[str | None, typer.Option(help="model or target name, or bundle folder")] = None,
     task: Annotated[Task, typer.Option()] = "vqa",
     detail: Annotated[str, typer.Option(help="low, high or auto")] = "auto",
     max_tokens: Annotated[int, typer.Option()] = 256,
     temperature: Annotated[float, typer.Option()] = 0.0,
     seed: Annotated[int | None, typer.Option()] = None,
+    yes: YesFlag = False,
+    offline: OfflineFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer one question about one picture, video or document, on this machine."""
+    """Answer one question about one picture, video or document, on this machine. An absent model is fetched first."""
     from serving.app import infer_once
 
     request = _request(file, prompt, task, detail, max_tokens, temperature, seed)
-    bundle = model is not None and Path(model).is_dir()  # loaded in place of the embedded models
-    settings = settings_from(models=(model,) if bundle else ())
-    result = _run(infer_once(settings, os.environ, request, None if bundle else model))
+    folder = model is not None and Path(model).is_dir()
+    local = model is not None and (folder or "/" not in model.removeprefix("local/"))  # it alone is loaded then
+    settings = settings_from(models=(model,) if local else (), offline=offline or None)
+    _fetch_absent(settings, yes=yes)
+    result = _run(infer_once(settings, os.environ, request, None if folder else model))
     if as_json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     else:
@@ -206,6 +222,29 @@ def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
         console = Console()
         models_table(rows, console)
         print_catalog(catalog, console)
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="a model of the catalog: nearfar models lists it")],
+    recipe: Annotated[str | None, typer.Option(help="fp32, fp16, int8, int8-fast, int4, auto  [default: int4]")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit  [default: the newest]")] = None,
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="fetch the weights for nearfar export")] = False,
+    yes: YesFlag = False,
+    offline: OfflineFlag = False,
+) -> None:
+    """Fetch a model from the hub into the data folder, checked by its hashes; what was cut goes on where it was.
+
+    The published ONNX files where the recipe has such, else the checkpoint, which is exported where the export extra is
+    installed. Names of files leave the machine, never an input, so every policy allows it. HF_ENDPOINT and HF_TOKEN are
+    honoured; without HF_TOKEN no token is sent.
+    """
+    settings = settings_from(offline=offline or None)
+    try:
+        folder = _fetched(settings, model, recipe=recipe, revision=revision, checkpoint=checkpoint, yes=yes)
+    except NearfarError as error:
+        fail(error.message, status=2 if error.param == "recipe" else 1)
+    print(folder)
 
 
 @app.command()
@@ -405,6 +444,80 @@ def _request(
         return question(prompt, **files, task=task, settings=settings, detail=detail)  # type: ignore[arg-type]
     except NearfarError as error:
         fail(error.message, status=2)
+
+
+def _fetch_absent(settings: Settings, *, yes: bool) -> None:
+    """Fetch the models that the settings name and this machine has not; say what an alias stands for."""
+    from serving.pull import aliases, model_folder
+
+    try:
+        for name in settings.models:
+            alias = aliases(settings).get(name.removeprefix("local/"))
+            if alias:
+                _say(alias[1])
+            try:
+                model_folder(name, settings)
+            except NotFound:
+                _fetched(settings, name, yes=yes)
+    except NearfarError as error:
+        fail(error.message)
+
+
+def _fetched(
+    settings: Settings,
+    name: str,
+    *,
+    recipe: str | None = None,
+    revision: str | None = None,
+    checkpoint: bool = False,
+    yes: bool,
+) -> Path:
+    """The folder of a catalog model, fetched if need be: its size is shown first, and a terminal is asked."""
+    from serving.pull import fetch, is_there, model_folder, plan_pull, wanted
+
+    row, chosen = wanted(name, recipe)
+    if not revision and not checkpoint:
+        with suppress(NotFound):
+            return model_folder(f"{row.name}@{chosen}", settings)
+    if settings.offline:
+        raise NotFound(f"{row.name}@{chosen} is not on this machine, and --offline forbids to fetch it")
+    plan = plan_pull(name, settings.data_dir, recipe=recipe, revision=revision, checkpoint=checkpoint)
+    if not is_there(plan):
+        size, missing = f"{plan.bytes / 1e6:,.0f} MB", f"{plan.missing_bytes / 1e6:,.0f} MB to fetch"
+        source = f"{row.hub_id} at {plan.revision[:12]}, {row.license}"
+        _say(f"{plan.name}: {size}, {missing}, from {source}, {NOT_VERIFIED}")
+        asks = sys.stdin.isatty() and sys.stderr.isatty()
+        if asks and not yes and not typer.confirm("fetch it?", err=True):
+            raise NotFound(f"{plan.name} was not fetched")
+        if not asks and not yes:
+            _say("no terminal to ask, so it is fetched; --offline forbids that")
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+            task = progress.add_task(plan.name, total=plan.bytes)
+            fetch(plan, lambda done, total: progress.update(task, completed=done))
+    if plan.recipe or checkpoint:
+        return plan.folder
+    return _export_fetched(plan, chosen, settings.data_dir / "models" / f"{row.name}@{chosen}")
+
+
+def _export_fetched(plan: Plan, recipe: str, out: Path) -> Path:
+    from serving.pull import record_source
+
+    try:
+        from export.bundling import export_bundle
+    except ModuleNotFoundError:
+        raise Unavailable(
+            f"{plan.row.name} has no published ONNX files for {recipe}; its checkpoint is in {plan.folder}: "
+            f"pip install 'nearfar[export]', then run this again"
+        ) from None
+    _say(f"exporting {plan.folder} with recipe {recipe}")
+    export_bundle(plan.folder, recipe=recipe, out=out, name=plan.row.name, license=plan.row.license, overwrite=True)
+    record_source(out, plan)
+    return out
+
+
+def _say(text: str) -> None:
+    print(f"nearfar: {text}", file=sys.stderr)
 
 
 def _tell_unread_pages(result: dict[str, Any]) -> None:

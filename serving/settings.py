@@ -39,6 +39,7 @@ class Settings(BaseSettings):
         (), description="model names or bundle folders; the first is the default"
     )
     data_dir: Path = Field(default_factory=user_data_dir, description="fetched and exported models live in its models/")
+    offline: bool = Field(False, description="fetch no model, only use what is on this machine")
     smolvlm_3b: Path | None = Field(None, description="bundle folder that the name smolvlm-3b stands for")
     endpoints: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="OpenAI-compatible endpoints, each NAME=URL,MODEL; separated by semicolons in the environment"

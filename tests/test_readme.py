@@ -26,6 +26,11 @@ def commands(program: str) -> list[str]:
     return [command for command in COMMANDS if shlex.split(command, comments=True)[0] == program]
 
 
+def runs_here(command: str) -> bool:
+    """Not where it serves until it is stopped, nor where README says what it needs that is not here."""
+    return " serve" not in command and "# needs " not in command
+
+
 def test_every_command_is_of_a_kind_that_is_tested_here() -> None:
     assert {shlex.split(command, comments=True)[0] for command in COMMANDS} == {"make", "curl", "nearfar"}
 
@@ -37,7 +42,7 @@ def test_make_knows_its_targets(command: str) -> None:
     assert run.returncode == 0
 
 
-@pytest.mark.parametrize("command", [command for command in commands("nearfar") if " serve" not in command])
+@pytest.mark.parametrize("command", [command for command in commands("nearfar") if runs_here(command)])
 def test_commands_without_a_server_succeed(command: str) -> None:
     arguments = shlex.split(command, comments=True)[1:]
     run = subprocess.run(

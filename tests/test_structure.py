@@ -46,6 +46,7 @@ HOMES = {
     "httpx2": ("serving.hosted",),
     "genai_prices": ("comparisons.cost",),
     "pydantic_settings": ("serving.settings",),
+    "huggingface_hub": ("serving.pull",),
 }
 TOP_LEVEL = {
     "pyproject.toml",

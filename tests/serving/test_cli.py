@@ -42,7 +42,8 @@ def assert_fails(run: subprocess.CompletedProcess[str], status: int, *words: str
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("serve",), ("infer",), ("compare",), ("export",), ("adopt",), ("models",), ("demo",), ("bench",)]
+    "command",
+    [(), ("serve",), ("infer",), ("compare",), ("export",), ("adopt",), ("pull",), ("models",), ("demo",), ("bench",)],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     run = nearfar(*command, "--help")
