@@ -1,18 +1,20 @@
-"""Every known model as a row of data: where it is published, under what licence, what shape it has, what is claimed.
+"""Every known model as a row of `catalog.json`: where it is published, its licence, its shape, what is claimed of it.
 
-Parameters, bytes and names follow from the rows; nothing here opens a file or a connection. A revision stays null until
-somebody who has read the published files fills it in, and what nobody measured is null.
+Parameters, bytes and names follow from the rows. A revision stays null until somebody who has read the published files
+fills it in, and what nobody measured is null.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from models.bundle import GraphName
+from models.bundle import REQUIRED_GRAPHS, GraphName
 from models.errors import NotFound
 
 NOT_VERIFIED = "not yet verified on published weights"
@@ -144,136 +146,46 @@ class GraphChoice(NamedTuple):
     why: str
 
 
-def _scores(source: str, **figures: float) -> tuple[Claim, ...]:
-    return tuple(Claim(measure.replace("_", " "), figure, source) for measure, figure in figures.items())
+def _claims(by_source: Mapping[str, Mapping[str, float | None]]) -> tuple[Claim, ...]:
+    return tuple(
+        Claim(measure, figure, source) for source, said in by_source.items() for measure, figure in said.items()
+    )
 
 
-_CARD = "model card of "
-_PAPER = "arXiv 2504.05299"
-_REVIEW_ONLY = "review only, no published figure found"
-_V2_256M, _V2_500M = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
-_V1_256M, _V1_500M = "HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct"
-_V2_2B, _DOCLING = "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "docling-project/SmolDocling-256M-preview"
-
-_256M = Shape(
-    hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49280, max_positions=8192,
-    vision_hidden=768, vision_intermediate=3072, vision_layers=12, tile_px=512, patch_px=16, scale_factor=4,
-)  # fmt: skip
-_500M = replace(_256M, hidden=960, intermediate=2560, layers=32, heads=15, kv_heads=5)
-_2B = Shape(
-    hidden=2048, intermediate=8192, layers=24, heads=32, kv_heads=32, head_dim=64, vocab=49280, max_positions=8192,
-    vision_hidden=1152, vision_intermediate=4304, vision_layers=27, tile_px=384, patch_px=14, scale_factor=3,
-)  # fmt: skip
-_TINY = Shape(
-    hidden=192, intermediate=512, layers=4, heads=6, kv_heads=2, head_dim=32, vocab=552, max_positions=1024,
-    vision_hidden=192, vision_intermediate=768, vision_layers=4, tile_px=64, patch_px=8, scale_factor=2,
-)  # fmt: skip
-
+_DATA: Mapping[str, Any] = json.loads((Path(__file__).parent / "catalog.json").read_text(encoding="utf-8"))
+_SHAPES = {name: Shape(**shape) for name, shape in _DATA["shapes"].items()}
 ROWS: Mapping[str, Row] = MappingProxyType(
     {
-        row.name: row
-        for row in (
-            Row(
-                name="smolvlm2-2.2b", hub_id=_V2_2B, license="Apache-2.0", shape=_2B, published_onnx=False,
-                claims=_scores(_CARD + _V2_2B, MMMU=42, OCRBench=72.9, AI2D=70, ChartQA=68.84, TextVQA=73.21,
-                               DocVQA=79.98, Video_MME=52.1, MLVU=55.2, MVBench=46.27, GPU_RAM_video_GB=5.2)
-                + _scores(_PAPER, GPU_RAM_one_image_GB=4.9),
-            ),
-            Row(
-                name="smolvlm2-500m", hub_id=_V2_500M, license="Apache-2.0", shape=_500M,
-                claims=_scores(_CARD + _V2_500M, Video_MME=42.2, MLVU=47.3, MVBench=39.73, GPU_RAM_video_GB=1.8),
-            ),
-            Row(
-                name="smolvlm2-256m", hub_id=_V2_256M, license="Apache-2.0", shape=_256M,
-                claims=_scores(_CARD + _V2_256M, Video_MME=33.7, MLVU=40.6, MVBench=32.7, GPU_RAM_video_GB=1.38),
-            ),
-            Row(
-                name="smolvlm-2.2b", hub_id="HuggingFaceTB/SmolVLM-Instruct", license="Apache-2.0",
-                shape=replace(_2B, vocab=49155, max_positions=16384),
-                claims=_scores(_CARD + _V2_2B, MMMU=38.3, OCRBench=65.5, AI2D=84.5, ChartQA=71.6, TextVQA=72.1,
-                               DocVQA=79.7),
-            ),
-            Row(
-                name="smolvlm-500m", hub_id=_V1_500M, license="Apache-2.0", shape=_500M,
-                claims=_scores(_CARD + _V1_500M, MMMU=33.7, OCRBench=61, AI2D=59.5, ChartQA=63.2, TextVQA=60.5,
-                               DocVQA=70.5)
-                + _scores(_PAPER, GPU_RAM_one_image_GB=1.2),
-            ),
-            Row(
-                name="smolvlm-256m", hub_id=_V1_256M, license="Apache-2.0", shape=_256M,
-                claims=_scores(_CARD + _V1_256M, MMMU=28.3, OCRBench=52.6, AI2D=47, ChartQA=55.8, TextVQA=49.9,
-                               DocVQA=58.3)
-                + _scores(_PAPER, GPU_RAM_one_image_GB=0.8),
-            ),
-            Row(
-                name="smoldocling-256m", hub_id=_DOCLING, license="CDLA-Permissive-2.0", shape=_256M,
-                claims=_scores(_CARD + _DOCLING, seconds_per_page_on_A100=0.35),
-                notice="smoldocling-256m is made for documents: it answers with their layout as markup.",
-            ),
-            Row(
-                name="tiny-scenes", hub_id=None, license="Apache-2.0", shape=_TINY, published_onnx=False,
-                measured="exact match on held-out drawn scenes, by kind of question: models/tiny_scenes/README.md",
-                notice="tiny-scenes is a toy: it knows drawn shapes and numbers, and nothing of photographs.",
-            ),
-        )
-    }
-)  # fmt: skip
-
-ALIASES: Mapping[str, Alias] = MappingProxyType(
-    {
-        "smolvlm2-turbo": Alias(
-            "smolvlm2-500m",
-            "int4",
-            "No published checkpoint is called SmolVLM2 Turbo: smolvlm2-turbo stands for smolvlm2-500m@int4.",
-            (Claim("below 2B parameters, under 2 GB, ONNX and MLX export", None, _REVIEW_ONLY),),
-        ),
-        "smolvlm-3b": Alias(
-            "smolvlm2-2.2b",
-            None,
-            "No published checkpoint is called SmolVLM-3B: smolvlm-3b stands for smolvlm2-2.2b, the nearest; "
-            "NEARFAR_SMOLVLM_3B=BUNDLE puts one of your own in its place.",
-            (Claim("3B parameters, runs on the device", None, _REVIEW_ONLY),),
-        ),
+        name: Row(**{**row, "name": name, "shape": _SHAPES[row["shape"]], "claims": _claims(row["claims"])})
+        for name, row in _DATA["models"].items()
     }
 )
-
+ALIASES: Mapping[str, Alias] = MappingProxyType(
+    {name: Alias(**{**alias, "claims": _claims(alias["claims"])}) for name, alias in _DATA["aliases"].items()}
+)
 # int8 is missing on purpose: the published 8-bit files multiply in dynamic int8 everywhere, which measured a mean KL of
 # 0.53 on SmolLM2-135M's weights where this project's int8 holds 0.02. It is exported from the checkpoint instead.
 PUBLISHED: Mapping[str, Mapping[GraphName, GraphChoice]] = MappingProxyType(
     {
-        "fp32": {
-            "vision_encoder": GraphChoice("", "the reference"),
-            "embed_tokens": GraphChoice("", "the reference"),
-            "decoder_model_merged": GraphChoice("", "the reference"),
-        },
-        "fp16": {
-            "vision_encoder": GraphChoice("_fp16", "half the bytes; made for a GPU, a CPU widens it to fp32"),
-            "embed_tokens": GraphChoice("_fp16", "half the bytes; a look-up loses nothing that the decoder keeps"),
-            "decoder_model_merged": GraphChoice("_fp16", "half the bytes and half the cache; made for a GPU"),
-        },
-        "int4": {
-            "vision_encoder": GraphChoice("", "fp32: a CPU widens fp16 anyway, and no quality of the others is known"),
-            "embed_tokens": GraphChoice("_fp16", "half the bytes; a look-up loses nothing that the decoder keeps"),
-            "decoder_model_merged": GraphChoice(
-                "_q4", "fewest bytes a token; accuracy_level is set to 4, which doubles its speed on a CPU"
-            ),
-        },
+        recipe: {graph: GraphChoice(**choice) for graph, choice in graphs.items()}
+        for recipe, graphs in _DATA["published_files"].items()
     }
 )
 # MatMulNBits in blocks of 32 adds a float32 scale and half a byte of zero point to every 32 weights.
 _SUFFIX_BYTES = MappingProxyType({"": 4.0, "_fp16": 2.0, "_q4": 0.5 + 4.5 / 32})
-_INT8: Mapping[GraphName, float] = MappingProxyType(
-    {"vision_encoder": 1.0, "embed_tokens": 1.0, "decoder_model_merged": 1 + 4 / 128}
-)
-# What `nearfar export` writes; int4 with its most careful rung, the smallest models' own.
+# What `nearfar export` writes: vision, embeddings, decoder. int8-fast has a second decoder for the prompt; int4 is as
+# its most careful rung makes it, the smallest models' own.
+_EXPORTED = {
+    "fp32": (4.0, 4.0, 4.0),
+    "fp16": (2.0, 2.0, 2.0),
+    "int8": (1.0, 1.0, 1 + 4 / 128),
+    "int8-fast": (1.0, 1.0, 2 + 4 / 128),
+    "int4": (1.0, 1.0, 115e6 / 134.6e6),
+}
 EXPORTED_BYTES_PER_WEIGHT: Mapping[str, Mapping[GraphName, float]] = MappingProxyType(
-    {
-        "fp32": dict.fromkeys(_INT8, 4.0),
-        "fp16": dict.fromkeys(_INT8, 2.0),
-        "int8": dict(_INT8),
-        "int4": {**_INT8, "decoder_model_merged": 115e6 / 134.6e6},
-    }
+    {recipe: dict(zip(REQUIRED_GRAPHS, each, strict=True)) for recipe, each in _EXPORTED.items()}
 )
+OTHER_RECIPES = ("q4f16", "auto")  # of the export, whose sizes follow from more than the shapes
 
 
 class Named(NamedTuple):

@@ -227,7 +227,9 @@ def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
 @app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="a model of the catalog: nearfar models lists it")],
-    recipe: Annotated[str | None, typer.Option(help="fp32, fp16, int8, int8-fast, int4, auto  [default: int4]")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="fp32, fp16, int8, int8-fast, int4, q4f16, auto  [default: int4]")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit  [default: the newest]")] = None,
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="fetch the weights for nearfar export")] = False,
     yes: YesFlag = False,

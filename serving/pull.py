@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from models.adopt import adopt
 from models.bundle import MANIFEST, Bundle, Source, sha256_of
-from models.catalog import ALIASES, DEFAULT_RECIPE, EXPORTED_BYTES_PER_WEIGHT, PUBLISHED, Row, find
+from models.catalog import ALIASES, DEFAULT_RECIPE, EXPORTED_BYTES_PER_WEIGHT, OTHER_RECIPES, PUBLISHED, Row, find
 from models.errors import BadRequest, BundleError, NotFound, Unavailable
 from models.loaded_model import LoadedModel
 from models.tiny_scenes import BUNDLES
@@ -116,7 +116,7 @@ def wanted(name: str, recipe: str | None) -> tuple[Row, str]:
     """The row and recipe behind `model`, `model@recipe` or an alias. Raises NotFound; BadRequest for the recipe."""
     named = find(name)
     chosen = recipe or named.recipe or DEFAULT_RECIPE
-    known = ("int8-fast", "auto", *EXPORTED_BYTES_PER_WEIGHT)
+    known = (*EXPORTED_BYTES_PER_WEIGHT, *OTHER_RECIPES)
     if chosen not in known:
         raise BadRequest(f"there is no recipe {chosen!r}; there are {', '.join(sorted(known))}", param="recipe")
     if named.row.hub_id is None:

@@ -28,6 +28,7 @@ NEVER_AT_RUNTIME = {"torch", "transformers", "optimum", "onnx", "onnxscript", "o
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "genai_prices": "genai-prices",
+    "huggingface_hub": "huggingface-hub",
     "onnx_ir": "onnx-ir",
     "onnxruntime_genai": "onnxruntime-genai",
     "pydantic_settings": "pydantic-settings",
