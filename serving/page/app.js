@@ -1,7 +1,7 @@
 // Fills the form from the service, sends one comparison and shows its events as they come.
 
 import { Card, errorText, make } from "./cards.js";
-import { Picture } from "./picture.js";
+import { fieldOf, Picture } from "./picture.js";
 import { readEvents } from "./sse.js";
 
 const at = (id) => document.getElementById(id);
@@ -140,7 +140,7 @@ async function compare() {
   if (missing) return missing[1]?.focus();
   const chosen = chosenTargets();
   const body = new FormData();
-  body.append("image", picture.file, picture.file.name || "picture");
+  body.append(fieldOf(picture.file) ?? "image", picture.file, picture.file.name || "picture");
   body.append("prompt", at("question").value.trim());
   body.append("targets", chosen.join(","));
   body.append("detail", at("detail").value);

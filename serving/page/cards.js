@@ -119,7 +119,7 @@ export class Card {
     const sent = figure("dd", egress ? format.egress(egress) : null);
     sent.classList.toggle("left", Boolean(egress?.left_device));
     const rows = [
-      ["Picture", images.length ? make("dd", images.map(format.imageReport).join("; ")) : figure("dd", null)],
+      ["Picture", images.length ? make("dd", format.imageReports(images)) : figure("dd", null)],
       ["Tokens", figure("dd", format.tokens(result.usage))],
       ["Queued", figure("dd", format.milliseconds(result.timings?.queue_ms))],
       ["Model size", figure("dd", format.bytes(memory.model_bytes))],

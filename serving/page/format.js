@@ -39,11 +39,20 @@ export function dollars(value) {
 }
 
 /** "128 × 96 used as 64 × 64, 1 tile, 16 tokens"; what a hosted model does not tell is said to be unreported. */
+/** All that was shown: the frames of a video as one, anything else one by one. */
+export function imageReports(images) {
+  const frames = images.filter((image) => known(image.timestamp_s));
+  const said = images.filter((image) => !known(image.timestamp_s)).map(imageReport);
+  if (frames.length) said.push(`${plural(frames.length, "frame")} of ${imageReport(frames[0])} each`);
+  return said.join("; ");
+}
+
 export function imageReport(image) {
   const used = known(image.used_width) ? ` used as ${image.used_width} × ${image.used_height}` : "";
   const tiles = known(image.tiles) ? `, ${plural(image.tiles, "tile")}` : "";
   const tokens = known(image.tokens) ? `, ${plural(image.tokens, "token")}` : "";
-  return `${image.width} × ${image.height}${used + tiles + tokens || ", what was used of it is not reported"}`;
+  const page = known(image.page) ? `page ${image.page} of ${image.pages}: ` : "";
+  return `${page}${image.width} × ${image.height}${used + tiles + tokens || ", what was used of it is not reported"}`;
 }
 
 export function egress({ left_device, bytes_sent, destination }) {

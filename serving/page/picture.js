@@ -1,17 +1,26 @@
-// The picture to ask about: chosen as a file, dropped, pasted or taken from the samples; checked and previewed.
+// The picture, video or document to ask about: chosen as a file, dropped, pasted or taken from the samples; checked and previewed.
 
 import { bytes } from "./format.js";
 
-const TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif"];
-const MAX_BYTES = 20_000_000;
+const FIELDS = {
+  image: ["image/jpeg", "image/png", "image/webp", "image/gif"],
+  video: ["video/mp4", "video/webm", "video/quicktime"],
+  document: ["application/pdf", "image/tiff"],
+};
+const MAX_BYTES = { image: 20_000_000, video: 48_000_000, document: 48_000_000 };
+
+/** The field of a request that takes this file; undefined where none does. */
+export function fieldOf(file) {
+  return Object.keys(FIELDS).find((field) => FIELDS[field].includes(file.type));
+}
 
 /** Why this file cannot be sent; null where it can. */
 export function refusal(file) {
   const name = file.name || "This file";
-  if (!TYPES.includes(file.type)) {
-    return `${name} is ${file.type || "of an unknown type"}. Choose a JPEG, PNG, WebP or GIF picture.`;
-  }
-  if (file.size > MAX_BYTES) return `${name} has ${bytes(file.size)}. A picture may have at most ${bytes(MAX_BYTES)}.`;
+  const field = fieldOf(file);
+  if (!field) return `${name} is ${file.type || "of an unknown type"}. Choose a JPEG, PNG, WebP or GIF picture.`;
+  const most = MAX_BYTES[field];
+  if (file.size > most) return `${name} has ${bytes(file.size)}. ${field === "image" ? "A picture" : `A ${field}`} may have at most ${bytes(most)}.`;
   return file.size ? null : `${name} is empty.`;
 }
 
@@ -64,11 +73,12 @@ export class Picture {
   #show(file) {
     URL.revokeObjectURL(this.preview.src);
     this.file = file;
-    this.preview.hidden = !file;
-    if (file) this.preview.src = URL.createObjectURL(file);
+    const shown = file && fieldOf(file) === "image";
+    this.preview.hidden = !shown;
+    if (shown) this.preview.src = URL.createObjectURL(file);
     else this.preview.removeAttribute("src");
     this.preview.alt = file ? `Chosen picture: ${file.name || "pasted"}` : "";
-    this.title.textContent = file ? "Choose another" : "Choose a picture";
-    this.drop.classList.toggle("filled", Boolean(file));
+    this.title.textContent = !file ? "Choose a picture" : shown ? "Choose another" : `${file.name}: choose another`;
+    this.drop.classList.toggle("filled", Boolean(shown));
   }
 }

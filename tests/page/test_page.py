@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.enable_socket, pytest.mark.timeout(300)]
@@ -174,6 +176,28 @@ def test_files_that_cannot_be_sent_are_refused_with_the_reason(open_page: OpenPa
     assert "at most 20 MB" in refusal("large.png", "image/png", zeros=20_000_001)
     assert "empty" in refusal("nothing.png", "image/png")
     assert "could not be read" in refusal("damaged.png", "image/png", "no picture at all")
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"),
+    [
+        ("short.mp4", r"5 frames of 112 × 64 used as 64 × 64, 1 tile, 16 tokens each"),
+        ("page.pdf", r"page 1 of 1: 128 × 128 used as .*"),
+    ],
+)
+def test_a_video_and_a_document_are_asked_about_like_a_picture(
+    open_page: OpenPage, tmp_path: Path, file: str, shown: str
+) -> None:
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "page.pdf")
+    golden = Path(__file__).parents[1] / "models" / "golden"
+    page = open_page()
+    page.locator("#file").set_input_files((golden if file.endswith("mp4") else tmp_path) / file)
+    assert page.locator("#drop_title").inner_text() == f"{file}: choose another"
+    page.locator("#question").fill("What color is the circle?")
+    page.locator("#question").press("Enter")
+    wait_for_verdict(page)
+    for target in TARGETS:
+        assert re.fullmatch(shown, fact(page, target, "Picture"))
 
 
 def test_what_is_missing_is_asked_for_and_focused(open_page: OpenPage) -> None:
