@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
+from models.adopt import read_processing, read_stop_tokens, read_tokenizer
 from models.bundle import Shapes
 from models.errors import NearfarError
 from models.images import ImageProcessing
-from models.prompt import PromptRenderer
+from models.prompt import IMAGE, PromptRenderer
 from models.tokenizer import TextTokenizer
 
 MODEL_CLASSES = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics3ForConditionalGeneration}
 TEXT_MODEL_TYPES = ("llama", "smollm3")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-END_OF_UTTERANCE = "<end_of_utterance>"
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LARGE_PARAMETERS = 10**9  # from here on weights stay as they lie on disk, memory-mapped
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -40,7 +40,6 @@ LORA_VALUES = {  # the other ways to begin (pissa, olora, corda, loftq) change t
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",),
     "megatron_core": ("megatron.core",),
 }  # fmt: skip
-LANCZOS = 1  # `resample` in preprocessor_config.json
 
 
 class CheckpointError(NearfarError):
@@ -105,11 +104,13 @@ def load_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
         _widen_while_running(model)
     vision = model.model.vision_model
     vision.embeddings = FullTileEmbeddings(vision.embeddings)
-    processing = _processing(_read_json(folder, "preprocessor_config.json"), model.config.vision_config.image_size)
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
-    tokenizer = TextTokenizer(folder / "tokenizer.json")
-    shapes = _shapes(model, tokenizer)
+    settings = "preprocessor_config.json"
+    tile_px = model.config.vision_config.image_size
+    processing = read_processing(_read_json(folder, settings), folder / settings, tile_px)
+    tokenizer = read_tokenizer(folder)
+    if IMAGE not in tokenizer.special_tokens() or tokenizer.marker(IMAGE) != model.config.image_token_id:
+        raise CheckpointError(f"{folder}: {IMAGE} in tokenizer.json is not config.json's image_token_id")
+    shapes = _shapes(model, tokenizer, folder)
     return Checkpoint(
         folder=folder,
         model=model,
@@ -141,10 +142,10 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
     if config.get("model_type") not in MODEL_CLASSES:
         known = " or ".join(MODEL_CLASSES)
         raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, only {known} can be exported")
-    text_type = config.get("text_config", {}).get("model_type", "llama")
-    if text_type not in TEXT_MODEL_TYPES:
-        raise CheckpointError(f"{folder}: a text model of type {text_type!r} cannot be exported")
-    if "sliding_attention" in (config.get("text_config", {}).get("layer_types") or ()):
+    text = config.get("text_config", {})
+    if not isinstance(text, dict) or text.get("model_type", "llama") not in TEXT_MODEL_TYPES:
+        raise CheckpointError(f"{folder}: only text models of type {' or '.join(TEXT_MODEL_TYPES)} can be exported")
+    if "sliding_attention" in (text.get("layer_types") or ()):
         raise CheckpointError(f"{folder}: a text model with sliding attention cannot be exported")
 
 
@@ -154,7 +155,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(_read_json(folder, index.name).get("weight_map", {}).values())
+        named = _read_json(folder, index.name).get("weight_map")
+        names = set(map(str, named.values())) if isinstance(named, dict) else set()
         missing = [name for name in sorted(names) if Path(name).name != name or not (folder / name).is_file()]
         if missing or not names:
             raise CheckpointError(f"{index} names no file or one that is not there: {', '.join(missing)}")
@@ -285,31 +287,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _processing(settings: dict[str, Any], image_size_px: int) -> ImageProcessing:
-    try:
-        longest_edge, tile_px = settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            "preprocessor_config.json needs size.longest_edge and max_image_size.longest_edge"
-        ) from error
-    if tile_px != image_size_px:
-        raise CheckpointError(f"tiles of {tile_px} px do not fit a vision model for {image_size_px} px")
-    if settings.get("resample", LANCZOS) != LANCZOS or not math.isclose(
-        settings.get("rescale_factor", 1 / 255), 1 / 255
-    ):
-        raise CheckpointError(
-            "preprocessor_config.json asks for another resampling than LANCZOS or another scale than 1/255"
-        )
-    return ImageProcessing(
-        longest_edge=longest_edge,
-        tile_px=tile_px,
-        auto_tile_px=tile_px,
-        mean=tuple(settings.get("image_mean", (0.5, 0.5, 0.5))),
-        std=tuple(settings.get("image_std", (0.5, 0.5, 0.5))),
-    )
-
-
-def _shapes(model: Any, tokenizer: TextTokenizer) -> Shapes:
+def _shapes(model: Any, tokenizer: TextTokenizer, folder: Path) -> Shapes:
     text, vision = model.config.text_config, model.config.vision_config
     patches_per_side, scale = vision.image_size // vision.patch_size, model.config.scale_factor
     if patches_per_side % scale:
@@ -323,20 +301,9 @@ def _shapes(model: Any, tokenizer: TextTokenizer) -> Shapes:
         max_positions=text.max_position_embeddings,
         image_tokens_per_tile=(patches_per_side // scale) ** 2,
         image_token_id=model.config.image_token_id,
-        stop_token_ids=_stop_tokens(model, tokenizer),
+        stop_token_ids=read_stop_tokens(model.generation_config.to_dict(), tokenizer, folder),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-
-
-def _stop_tokens(model: Any, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Those of generation_config.json, and the end of an utterance: text_config's eos is not what ends an answer."""
-    stops = model.generation_config.eos_token_id
-    found = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
-    if END_OF_UTTERANCE in tokenizer.special_tokens():
-        found.add(tokenizer.marker(END_OF_UTTERANCE))
-    if not found:
-        raise CheckpointError("no stop token: generation_config.json needs eos_token_id")
-    return tuple(sorted(found))
 
 
 def _sha256_together(files: list[Path]) -> str:

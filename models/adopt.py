@@ -142,7 +142,7 @@ def _shapes(folder: Path, config: Mapping[str, Any]) -> Shapes:
         max_positions=shape.max_positions,
         image_tokens_per_tile=shape.image_tokens_per_tile,
         image_token_id=config["image_token_id"],
-        stop_token_ids=read_stop_tokens(generation, _tokenizer(folder), folder),
+        stop_token_ids=read_stop_tokens(generation, read_tokenizer(folder), folder),
         parameters=shape.parameters,
     )
 
@@ -191,7 +191,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _tokenizer(folder: Path) -> TextTokenizer:
+def read_tokenizer(folder: Path) -> TextTokenizer:
+    """The folder's tokenizer.json. Raises BundleError where there is none, or it is damaged."""
     try:
         return TextTokenizer(folder / "tokenizer.json")
     except Exception as error:  # the library raises plain Exception

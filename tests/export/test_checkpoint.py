@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from export import checkpoint
 from export.bundling import export_bundle
 from export.checkpoint import CheckpointError, load_checkpoint
-from models.errors import BadRequest
+from models.errors import BadRequest, NearfarError
 
 
 @pytest.fixture
@@ -94,6 +94,30 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(
         export_bundle(copy, recipe="fp32", out=tmp_path / "out", show_progress=False)
     assert "\n" not in caught.value.message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", {"text_config": "llama"}, "only text models of type llama or smollm3"),
+        ("config.json", {"image_token_id": 5}, "<image> in tokenizer.json is not config.json's image_token_id"),
+        ("tokenizer.json", {"model": None}, r"tokenizer\.json does not load"),
+        ("preprocessor_config.json", {"size": {"longest_edge": "large"}}, "is missing, or no number"),
+        ("preprocessor_config.json", {"max_image_size": {"longest_edge": 96}}, "tiles of 96 px do not fit"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(copy: Path, name: str, content: dict[str, Any], message: str) -> None:
+    change(copy / name, **content)
+    with pytest.raises(NearfarError, match=message) as caught:
+        load_checkpoint(copy)
+    assert "\n" not in caught.value.message
+
+
+def test_an_index_that_is_no_index_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": ["lm_head.weight"]}')
+    with pytest.raises(CheckpointError, match="names no file"):
+        load_checkpoint(copy)
 
 
 def test_a_truncated_file_is_refused(copy: Path) -> None:
