@@ -35,11 +35,11 @@ def file_kind(data: bytes) -> FileKind:
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """How large frames and pages are made, how many an answerer can take, and whether they are stored without loss."""
+    """How large frames and pages are made, how many frames an answerer can take, and whether they are stored whole."""
 
     frame_edge_px: int = 512
     page_edge_px: int = 2048
-    max_pictures: int = MAX_FRAMES
+    max_frames: int = MAX_FRAMES
     lossless: bool = True
 
 
@@ -65,7 +65,7 @@ def _expanded(part: Part, expansion: Expansion) -> list[Part]:
 
 
 def _frames(data: bytes, expansion: Expansion) -> list[Part]:
-    video = read_video(data, longest_edge=expansion.frame_edge_px, max_frames=expansion.max_pictures)
+    video = read_video(data, longest_edge=expansion.frame_edge_px, max_frames=expansion.max_frames)
     origin = Origin(sha256=hashlib.sha256(data).hexdigest(), width=video.width, height=video.height)
     count, length = in_words(len(video.frames)), timedelta(seconds=int(video.duration_s))
     intro = f"You are provided the following series of {count} frames from a {length} [H:MM:SS] video.\n"

@@ -67,7 +67,8 @@ async def read_fields(request: Request) -> Fields:
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise InvalidValue("images must be a list of data URLs", param="images")
     _check_count(len(images))
-    files = {name: _single(values.pop(name), name) for name in SINGLE_FILES if values.get(name) is not None}
+    single = {name: values.pop(name, None) for name in SINGLE_FILES}
+    files = {name: _single(value, name) for name, value in single.items() if value is not None}
     return Fields(values, tuple(decode_data_url(image, "images") for image in images), **files)
 
 

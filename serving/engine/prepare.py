@@ -59,7 +59,7 @@ def prepare(model: LoadedModel, request: AnswerRequest, clock: Callable[[], floa
         Expansion(
             frame_edge_px=processing.tile_px,
             page_edge_px=processing.longest_edge,
-            max_pictures=min(room, MAX_FRAMES),
+            max_frames=min(room, MAX_FRAMES),
         ),
     )
     decode_s = clock() - expanding

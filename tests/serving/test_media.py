@@ -84,7 +84,7 @@ def test_a_videos_report_tells_frames_times_and_tokens(client: httpx2.Client, na
 def test_a_video_is_answered_alike_in_every_dialect(client: httpx2.Client) -> None:
     clip = video()
     form = client.post("/infer", files={"video": clip}, data=QUESTION).json()
-    body = client.post("/infer", json={**QUESTION, "video": data_url(clip)}).json()
+    body = client.post("/infer", json={**QUESTION, "video": data_url(clip), "document": None}).json()
     content = [
         {"type": "video_url", "video_url": {"url": data_url(clip)}},
         {"type": "text", "text": QUESTION["prompt"]},
