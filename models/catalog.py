@@ -117,17 +117,16 @@ class Row:
     measured: str | None = None
     notice: str | None = None
 
-    def file_bytes(self, recipe: str) -> int:
+    def graph_bytes(self, recipe: str) -> dict[GraphName, int]:
         """Weights on disk under a recipe, by formula; the graphs' own structure, 1 to 3 MB each, is not in it."""
         per_weight = EXPORTED_BYTES_PER_WEIGHT[recipe]
         if self.published_onnx and recipe in PUBLISHED:
             per_weight = {graph: _SUFFIX_BYTES[choice.suffix] for graph, choice in PUBLISHED[recipe].items()}
-        return round(sum(count * per_weight[graph] for graph, count in self.shape.parameters_by_graph.items()))
+        return {graph: round(count * per_weight[graph]) for graph, count in self.shape.parameters_by_graph.items()}
 
-    def memory_bytes(self, recipe: str) -> int:
-        """Weights and one sequence's cache over the full context, by formula; activations are not in it."""
-        cache = self.shape.cache_bytes_per_token(2 if recipe == "fp16" else 4)
-        return self.file_bytes(recipe) + self.shape.max_positions * cache
+    def file_bytes(self, recipe: str) -> int:
+        """Of all graphs."""
+        return sum(self.graph_bytes(recipe).values())
 
 
 class Alias(NamedTuple):

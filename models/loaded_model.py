@@ -28,6 +28,7 @@ class LoadedModel:
         *,
         threads: int = 0,
         provider: ExecutionProvider = "cpu",
+        context: int | None = None,
         vision: VisionBackend = "onnxruntime",
         remembered: Remembered | None = None,
     ) -> LoadedModel:
@@ -35,7 +36,7 @@ class LoadedModel:
         bundle = Bundle.load(folder)
         tokenizer = TextTokenizer(folder / "tokenizer.json")
         renderer = PromptRenderer.from_folder(folder, tokenizer, bundle.manifest.shapes.image_tokens_per_tile)
-        onnx = OnnxModel(bundle, threads=threads, provider=provider)
+        onnx = OnnxModel(bundle, threads=threads, provider=provider, context=context)
         use_fastest(onnx, vision, remembered or Remembered(None), threads=threads)
         return cls(onnx=onnx, tokenizer=tokenizer, renderer=renderer)
 

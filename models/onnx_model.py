@@ -28,6 +28,9 @@ _TYPES: dict[str, npt.DTypeLike] = {
 }
 ExecutionProvider = Literal["auto", "cpu", "cuda"]
 CACHE_STEP = 64  # positions; a cache's length is rounded up to it
+# One step of the engine: what it holds in memory is bounded by these, and so is the wait for a cancellation.
+POSITIONS_PER_STEP = 512
+TILE_PIXELS_PER_STEP = 512 * 512  # one tile of the large models, sixteen of 128 px
 
 
 def execution_providers(choice: ExecutionProvider) -> list[str]:
@@ -57,6 +60,12 @@ def _memory_errors() -> Iterator[None]:
         if "Failed to allocate memory" in str(error) or "bad_alloc" in str(error):
             raise MemoryError(str(error)[:200]) from error
         raise
+
+
+def in_batches(pixels: Floats) -> list[Floats]:
+    """Tiles [tile, 3, height, width] in batches of which each is one step."""
+    size = max(1, TILE_PIXELS_PER_STEP // (pixels.shape[2] * pixels.shape[3]))
+    return [pixels[start : start + size] for start in range(0, len(pixels), size)]
 
 
 class KvCache:
@@ -135,9 +144,14 @@ class _Graph:
 class OnnxModel:
     """Sessions over a checked bundle. Raises BundleError where a graph does not load."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, provider: ExecutionProvider = "cpu") -> None:
-        self.bundle = bundle
-        self.shapes = bundle.manifest.shapes
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, provider: ExecutionProvider = "cpu", context: int | None = None
+    ) -> None:
+        """`context`: the most positions of a sequence, where memory allows fewer than the model was trained for."""
+        self.bundle, shapes = bundle, bundle.manifest.shapes
+        self.shapes = shapes.model_copy(
+            update={"max_positions": min(context or shapes.max_positions, shapes.max_positions)}
+        )
         providers = execution_providers(provider)
         self._device = "cuda" if "CUDAExecutionProvider" in providers else "cpu"
         options = ort.SessionOptions()
@@ -237,7 +251,9 @@ class OnnxModel:
     def greedy(self, ids: Sequence[int], features: Floats | None, max_tokens: int) -> list[int]:
         """Token ids of the likeliest answer, without the stop token: the plain loop, for checks and evaluations."""
         cache = self.new_cache(min(len(ids) + max_tokens, self.shapes.max_positions))
-        logits = self.decode(self.embed(ids, features), cache)
+        prompt = self.embed(ids, features)
+        for start in range(0, len(ids), POSITIONS_PER_STEP):
+            logits = self.decode(prompt[:, start : start + POSITIONS_PER_STEP], cache)
         generated: list[int] = []
         while len(generated) < max_tokens:
             token = int(logits.argmax())

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from comparisons.egress import is_loopback_host
@@ -52,8 +52,11 @@ class Settings(BaseSettings):
     vision_backend: VisionBackend = Field(
         "auto", description="onnxruntime, openvino, or auto: OpenVINO where it is installed and was measured faster"
     )
+    memory_budget: ByteSize | None = Field(
+        None, description="for all models and what runs on them, 4GB or such  [default: nine tenths of what is free]"
+    )
     max_waiting: int = Field(64, ge=1, description="requests in hand before new ones get 429")
-    max_running: int = Field(4, ge=1, description="requests that decode in turn")
+    max_running: int = Field(4, ge=1, description="requests that decode in turn, where memory allows")
     max_body_bytes: int = Field(64 * 2**20, ge=1024)
     body_timeout_s: float = Field(30.0, gt=0)
     drain_s: int = Field(10, ge=0, description="seconds that running answers get after SIGTERM")

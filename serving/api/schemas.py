@@ -15,6 +15,7 @@ from models.catalog import ALIASES, EXPORTED_BYTES_PER_WEIGHT, NOT_VERIFIED, PUB
 from models.errors import NearfarError
 from models.events import Finished, ImageReport
 from models.images import Detail
+from models.memory import LEAST_CONTEXT, need_of_row, total_bytes
 from models.request import AnswerRequest, GenerationSettings, Policy, Task, question
 from serving.api.body import Fields, parse_json
 from serving.api.errors import error_object, invalid_value
@@ -176,8 +177,8 @@ def _row_object(row: Row, installed: list[dict[str, Any]]) -> dict[str, Any]:
         "recipes": {
             recipe: {
                 "file_bytes": row.file_bytes(recipe),
-                "memory_bytes": row.memory_bytes(recipe),
-                "basis": "computed from the shapes: weights, and in memory one sequence's cache over the full context",
+                "memory_bytes": total_bytes([need_of_row(row, recipe)], 1, LEAST_CONTEXT),
+                "basis": f"computed from the shapes; in memory with one sequence of {LEAST_CONTEXT} positions",
                 "published_files": {graph: choice._asdict() for graph, choice in published.get(recipe, {}).items()},
             }
             for recipe in EXPORTED_BYTES_PER_WEIGHT

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from models.events import FinishReason, Timings, Usage
 from models.loaded_model import LoadedModel
-from models.onnx_model import KvCache
+from models.onnx_model import POSITIONS_PER_STEP, Floats, KvCache, in_batches
 from models.request import GenerationSettings
 from models.tokenizer import IncrementalText
 from serving.engine.prepare import PreparedPrompt
@@ -48,7 +49,11 @@ class StopText:
 
 
 class Sequence:
-    """Mutable state of one running answer. `advance` does one step, the prompt or one token, and returns new text."""
+    """Mutable state of one running answer. `advance` does one step and returns new text.
+
+    A step is a few tiles, a piece of the prompt, or one token: what it holds in memory is bounded, and other sequences
+    get their turn, and a cancellation its effect, in between.
+    """
 
     def __init__(
         self,
@@ -59,7 +64,8 @@ class Sequence:
         arrived: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model, self.prompt, self.settings = model, prompt, settings
+        # Without the pixels: they go as they are encoded.
+        self.model, self.prompt, self.settings = model, replace(prompt, tiles=()), settings
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self._clock, self._arrived, self._queued = clock, arrived, clock()
@@ -68,7 +74,10 @@ class Sequence:
         self._last_id = 0
         self._completion_tokens = 0
         self._shown = False
+        self._tiles = [batch for tiled in prompt.tiles for batch in in_batches(tiled.pixels)]
+        self._features: list[Floats] = []
         self._cache: KvCache | None = None
+        self._prompt: Floats | None = None  # embeddings [1, position, hidden] while they go into the cache
         self._queue_ms: float | None = None
         self._vision_ms: float | None = None
         self._prefill_ms: float | None = None
@@ -79,7 +88,9 @@ class Sequence:
 
     def advance(self) -> str:
         """Run one step and return the text it adds, often empty. Sets `finish_reason` with the last piece."""
-        logits = self._decode_one() if self._cache else self._prefill()
+        logits = self._decode_one() if self._completion_tokens else self._read_prompt()
+        if logits is None:
+            return ""
         token = self._sample(logits)
         self._last_token_at = self._clock()
         self._completion_tokens += 1
@@ -97,21 +108,29 @@ class Sequence:
             text += self._stops.push(self._text.flush()) + self._stops.flush()
         return self._show(text)
 
-    def _prefill(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def _read_prompt(self) -> Floats | None:
+        """Encode the next tiles, or take in the next piece of the prompt; after the last one, its logits."""
         begun = self._clock()
-        # Both waits: for a preparation thread, and for the engine.
-        self._queue_ms = (self.prompt.begun - self._arrived + begun - self._queued) * 1000
-        onnx, features = self.model.onnx, None
-        if self.prompt.tiles:
-            features = onnx.encode_tiles(np.concatenate([tiled.pixels for tiled in self.prompt.tiles]))
-            encoded = self._clock()
-            self._vision_ms, begun = (encoded - begun) * 1000, encoded
-        self._cache = onnx.new_cache(len(self.prompt.ids) + self._max_tokens)
-        logits = onnx.decode(onnx.embed(self.prompt.ids, features), self._cache)
-        self._prefill_ms = (self._clock() - begun) * 1000
+        if self._queue_ms is None:  # both waits: for a preparation thread, and for the engine
+            self._queue_ms = (self.prompt.begun - self._arrived + begun - self._queued) * 1000
+        onnx = self.model.onnx
+        if self._tiles:
+            self._features.append(onnx.encode_tiles(self._tiles.pop(0)))
+            self._vision_ms = (self._vision_ms or 0.0) + (self._clock() - begun) * 1000
+            return None
+        if self._cache is None or self._prompt is None:
+            self._cache = onnx.new_cache(len(self.prompt.ids) + self._max_tokens)
+            self._prompt = onnx.embed(self.prompt.ids, np.concatenate(self._features) if self._features else None)
+            self._features.clear()
+        piece = self._prompt[:, self._cache.filled : self._cache.filled + POSITIONS_PER_STEP]
+        logits = onnx.decode(piece, self._cache)
+        self._prefill_ms = (self._prefill_ms or 0.0) + (self._clock() - begun) * 1000
+        if self._cache.filled < len(self.prompt.ids):
+            return None
+        self._prompt = None
         return logits
 
-    def _decode_one(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def _decode_one(self) -> Floats:
         assert self._cache is not None
         return self.model.onnx.decode(self.model.onnx.embed([self._last_id]), self._cache)
 

@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -115,4 +117,45 @@ def test_external_data_outside_the_bundle_is_refused(bundle: Path, tmp_path: Pat
 
     edit_manifest(bundle, accept)  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="does not load"):
+        OnnxModel(Bundle.load(bundle))
+
+
+def test_the_prompt_step_runs_in_its_own_graph_over_the_same_cache(tmp_path: Path) -> None:
+    folders = {recipe: BUNDLES[f"tiny-scenes@{recipe}"] for recipe in ("fp32", "int8")}
+    both = Path(shutil.copytree(folders["fp32"], tmp_path / "both"))
+    file = both / "onnx" / "decoder_prompt.onnx"
+    shutil.copyfile(folders["int8"] / "onnx" / "decoder_model_merged_int8.onnx", file)
+
+    def name_it(manifest: dict[str, Any]) -> None:
+        manifest["files"]["onnx/decoder_prompt.onnx"] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        manifest["graphs"]["decoder_prompt"] = {"file": "onnx/decoder_prompt.onnx", "weights": "int8"}
+
+    edit_manifest(both, name_it)
+    models = {name: OnnxModel(Bundle.load(folder)) for name, folder in {**folders, "both": both}.items()}
+    embeds = models["fp32"].embed([5, 4, 3, 2, 1, 0])
+    prompt = {name: model.decode(embeds[:, :5], model.new_cache(6)) for name, model in models.items()}
+    np.testing.assert_array_equal(prompt["both"], prompt["int8"])
+    assert np.abs(prompt["both"] - prompt["fp32"]).max() > 0
+    # The next token is the other graph's, behind what the prompt's graph left in the cache.
+    caches = {name: models[name].new_cache(6) for name in ("int8", "both")}
+    for name, cache in caches.items():
+        models[name].decode(embeds[:, :5], cache)
+    expected = models["fp32"].decode(embeds[:, 5:], caches["int8"])
+    np.testing.assert_array_equal(models["both"].decode(embeds[:, 5:], caches["both"]), expected)
+
+
+def test_a_prompt_graph_with_another_cache_is_refused(bundle: Path) -> None:
+    file = bundle / "onnx" / "decoder_prompt.onnx"
+    model = onnx.load(BUNDLES["tiny-scenes@fp32"] / "onnx" / "decoder_model_merged.onnx")
+    for item in model.graph.input:
+        if item.name.startswith("past"):
+            item.name = f"{item.name}.other"
+    onnx.save(model, file)
+
+    def name_it(manifest: dict[str, Any]) -> None:
+        manifest["files"]["onnx/decoder_prompt.onnx"] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        manifest["graphs"]["decoder_prompt"] = {"file": "onnx/decoder_prompt.onnx", "weights": "float32"}
+
+    edit_manifest(bundle, name_it)
+    with pytest.raises(BundleError, match=r"decoder_prompt\.onnx"):
         OnnxModel(Bundle.load(bundle))

@@ -7,6 +7,7 @@ import pytest
 from models.bundle import Bundle
 from models.catalog import ALIASES, PUBLISHED, ROWS, find
 from models.errors import NotFound
+from models.memory import LEAST_CONTEXT, need_of_row, total_bytes
 from models.tiny_scenes import BUNDLES
 
 # As the hub counts the tensors of the published checkpoints.
@@ -58,7 +59,8 @@ def test_turbo_is_below_2b_parameters_and_2_gb_on_disk_and_in_memory() -> None:
     named = find("smolvlm2-turbo")
     assert named.recipe == "int4"
     assert named.row.shape.parameters < 2e9
-    assert named.row.memory_bytes("int4") < 2e9
+    assert named.row.file_bytes("int4") < 2e9
+    assert total_bytes([need_of_row(named.row, "int4")], 1, LEAST_CONTEXT) < 2e9
     assert "smolvlm2-500m@int4" in (named.notice or "")
 
 

@@ -56,6 +56,12 @@ def test_infer_prints_the_answer_alone() -> None:
     assert (run.returncode, run.stdout.strip()) == (0, "red")
 
 
+def test_a_model_that_memory_cannot_hold_is_refused_with_the_sum() -> None:
+    run = nearfar("infer", PICTURE, "What color is the circle?", NEARFAR_MEMORY_BUDGET="100MB")
+    assert_fails(run, 1, "memory budget of 0.10 GB", "weights + ", "the process itself = ")
+    assert nearfar("infer", PICTURE, "What color is it?", NEARFAR_MEMORY_BUDGET="1GiB").returncode == 0
+
+
 def test_a_published_folder_is_adopted_and_answers(tmp_path: Path) -> None:
     folder = shutil.copytree(BUNDLES["tiny-scenes@fp32"], tmp_path / "tiny")
     (folder / "manifest.json").unlink()

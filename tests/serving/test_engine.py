@@ -15,7 +15,7 @@ from models.answerer import collect
 from models.events import Failed, Finished, TextDelta
 from models.loaded_model import LoadedModel
 from models.request import AnswerRequest, GenerationSettings, question
-from models.tiny_scenes import BUNDLES
+from models.tiny_scenes import BUNDLES, SAMPLES
 from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.engine.sampler import make_sampler
 from serving.engine.sequence import StopText
@@ -25,6 +25,11 @@ from tests.serving.conftest import wait_for
 @pytest.fixture(scope="module")
 def fp32() -> LoadedModel:
     return LoadedModel.load(BUNDLES["tiny-scenes@fp32"])
+
+
+@pytest.fixture(scope="module")
+def wide() -> bytes:
+    return (SAMPLES / "wide.png").read_bytes()
 
 
 def logits(**probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -160,5 +165,66 @@ async def test_requests_that_are_left_while_they_wait_are_forgotten(fp32: Loaded
         await asyncio.gather(*waiting, return_exceptions=True)
         assert engine.loop.waiting == 0
         await busy.aclose()
+    finally:
+        engine.close()
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_in_small_steps_gets_the_same_answer(
+    fp32: LoadedModel, wide: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(max_waiting=8, max_running=2)
+    try:
+        answerer = LocalAnswerer(fp32, engine)
+        request = question("Describe the image.", (wide, wide), detail="high")
+        whole = await collect(answerer.stream(request))
+        sizes: list[tuple[str, int]] = []
+        encode, decode = fp32.onnx.encode_tiles, fp32.onnx.decode
+        monkeypatch.setattr("models.onnx_model.TILE_PIXELS_PER_STEP", 2 * 64 * 64)
+        monkeypatch.setattr("serving.engine.sequence.POSITIONS_PER_STEP", 50)
+        monkeypatch.setattr(fp32.onnx, "encode_tiles", lambda x: (sizes.append(("tiles", len(x))), encode(x))[1])
+        monkeypatch.setattr(
+            fp32.onnx, "decode", lambda x, cache: (sizes.append(("positions", x.shape[1])), decode(x, cache))[1]
+        )
+        pieces = await collect(answerer.stream(request))
+    finally:
+        engine.close()
+    assert pieces.text == whole.text
+    assert pieces.finished.usage == whole.finished.usage
+    assert pieces.finished.timings.vision_ms
+    assert pieces.finished.timings.prefill_ms
+    assert [size for kind, size in sizes if kind == "tiles"] == [2, 2, 1, 2, 2, 1]
+    prompt = [size for kind, size in sizes if kind == "positions" and size > 1]
+    assert prompt[:-1] == [50] * (len(prompt) - 1)
+    assert sum(prompt) == whole.finished.usage.prompt_tokens
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(
+    fp32: LoadedModel, wide: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(max_waiting=8, max_running=2)
+    steps: list[int] = []
+    encode = fp32.onnx.encode_tiles
+    try:
+        answerer = LocalAnswerer(fp32, engine)
+        monkeypatch.setattr("models.onnx_model.TILE_PIXELS_PER_STEP", 64 * 64)
+        going = asyncio.ensure_future(answer_of(answerer, question("x", (wide,) * 8, detail="high")))
+
+        def encode_and_leave(pixels: object) -> object:
+            steps.append(1)
+            if len(steps) == 3:
+                asyncio.run_coroutine_threadsafe(cancel(), event_loop).result()
+            return encode(pixels)  # type: ignore[arg-type]
+
+        async def cancel() -> None:
+            going.cancel()
+            await asyncio.gather(going, return_exceptions=True)
+
+        event_loop = asyncio.get_running_loop()
+        monkeypatch.setattr(fp32.onnx, "encode_tiles", encode_and_leave)
+        await asyncio.gather(going, return_exceptions=True)
+        await asyncio.to_thread(wait_for, lambda: engine.loop.running == 0)
+        assert len(steps) == 3
     finally:
         engine.close()

@@ -1,0 +1,176 @@
+"""What models need of memory, by formula from their shapes, and what fits into a budget.
+
+One budget counts weights, the activations of the largest step, and slots times context: the cache, and the pixels of a
+request that waits for its turn. There is no cache between requests yet, so it counts for nothing. `python -m
+models.memory` prints the table of models/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from models.bundle import Bundle
+from models.catalog import ROWS, Row, Shape
+from models.errors import BundleError, Unavailable
+from models.onnx_model import CACHE_STEP, POSITIONS_PER_STEP, TILE_PIXELS_PER_STEP
+
+GB = 10**9
+PROCESS_BYTES = 120_000_000  # Python, the libraries and ONNX Runtime, before any model
+TILES = 17  # of a square picture in all published sizes, the global view included
+LEAST_CONTEXT = 2048  # a picture of 17 tiles and an answer; with less a model is refused
+SHARE_OF_FREE = 0.9  # of what is free, where no budget is set
+# A loaded graph, measured as the peak while it loads, onnxruntime 1.31, two Zen 3 cores, the 256M decoder: 710 MiB for
+# 515 MiB of float32, 271 for 137 of 8 bits, 187 for 82 of 4. Its arena grows by doubling, so small graphs take twice.
+LOADED, ARENA_BYTES = 1.25, 120_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes of one model. `scores_per_position`: attention of a prompt step, for each position of the context."""
+
+    weights: int
+    vision_step: int
+    prompt_step: int
+    scores_per_position: int
+    cache_per_position: int
+    pictures: int
+    max_positions: int
+
+    def activations(self, context: int) -> int:
+        """Of the larger of the two kinds of steps: they do not run at once."""
+        return max(self.vision_step, self.prompt_step + context * self.scores_per_position)
+
+    def slot(self, context: int) -> int:
+        """Of one running sequence."""
+        return self.pictures + min(context, self.max_positions) * self.cache_per_position
+
+
+def need(shape: Shape, graph_bytes: Iterable[int], *, cache_value_bytes: int = 4) -> Need:
+    """By formula, all values in float32 but the cache's. `graph_bytes`: each graph's file and external data."""
+    patches = (shape.tile_px // shape.patch_px) ** 2
+    tiles = max(1, TILE_PIXELS_PER_STEP // shape.tile_px**2)
+    vision_heads = max(1, shape.vision_hidden // 64)
+    tile = patches * (2 * vision_heads * patches + 2 * shape.vision_intermediate + 4 * shape.vision_hidden)
+    position = 3 * shape.intermediate + 6 * shape.hidden
+    return Need(
+        weights=sum(round(LOADED * size + min(LOADED * size, ARENA_BYTES)) for size in graph_bytes),
+        vision_step=4 * tiles * (tile + 3 * shape.tile_px**2),
+        prompt_step=4 * (POSITIONS_PER_STEP * position + shape.vocab),
+        scores_per_position=4 * (2 * POSITIONS_PER_STEP * shape.heads + 2 * shape.hidden),
+        cache_per_position=shape.cache_bytes_per_token(cache_value_bytes),
+        pictures=4 * 3 * shape.tile_px**2 * TILES,
+        max_positions=shape.max_positions,
+    )
+
+
+def need_of(bundle: Bundle) -> Need:
+    """Of a bundle, from its manifest and config.json. Raises BundleError."""
+    manifest = bundle.manifest
+    try:
+        shape = Shape.from_config(json.loads((bundle.folder / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{bundle.folder / 'config.json'} does not tell the model's dimensions") from error
+    graphs = [
+        sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(graph.file))
+        for graph in manifest.graphs.values()
+    ]
+    half = manifest.recipe in ("fp16", "q4f16")
+    return need(shape, graphs, cache_value_bytes=2 if half else 4)
+
+
+def need_of_row(row: Row, recipe: str) -> Need:
+    """Of a model in the catalog, whether it is here or not."""
+    return need(row.shape, row.graph_bytes(recipe).values(), cache_value_bytes=2 if recipe == "fp16" else 4)
+
+
+class Fit(NamedTuple):
+    """What a budget allows: sequences that run at once, positions of each, and the bytes of it all."""
+
+    slots: int
+    context: int
+    bytes: int
+
+
+def fit(needs: Sequence[Need], budget: int, *, max_running: int = 4) -> Fit:
+    """Slots first give way, one after the other, then the context. Raises Unavailable, with the sum, where none fits.
+
+    Models that are loaded together share the slots: each sequence belongs to one of them.
+    """
+    longest = max(each.max_positions for each in needs)
+    least = min(LEAST_CONTEXT, longest)
+    for slots in range(max_running, 0, -1):
+        if (total := total_bytes(needs, slots, longest)) <= budget:
+            return Fit(slots, longest, total)
+    for context in range(longest // CACHE_STEP * CACHE_STEP, least - 1, -CACHE_STEP):
+        if (total := total_bytes(needs, 1, context)) <= budget:
+            return Fit(1, context, total)
+    parts = {
+        "weights": sum(each.weights for each in needs),
+        "activations": max(each.activations(least) for each in needs),
+        f"one sequence of {least} positions": max(each.slot(least) for each in needs),
+        "the process itself": PROCESS_BYTES,
+    }
+    terms = " + ".join(f"{size / GB:.2f} GB {name}" for name, size in parts.items())
+    raise Unavailable(
+        f"too large for the memory budget of {budget / GB:.2f} GB: {terms} = {sum(parts.values()) / GB:.2f} GB"
+    )
+
+
+def total_bytes(needs: Sequence[Need], slots: int, context: int) -> int:
+    """Of a process that has these models loaded and that many sequences, each of `context` positions."""
+    weights = sum(each.weights for each in needs)
+    activations = max(each.activations(context) for each in needs)
+    return PROCESS_BYTES + weights + activations + slots * max(each.slot(context) for each in needs)
+
+
+def default_budget() -> int:
+    """Bytes: nine tenths of what is free on the machine, or in this process's control group where that is less."""
+    free = [_meminfo("MemAvailable")] if Path("/proc/meminfo").exists() else [_physical()]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return round(SHARE_OF_FREE * min(free))
+
+
+def _meminfo(name: str) -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _physical() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def table() -> str:
+    """Markdown: what fits into 2, 4, 8 and 16 GB, for each size and two recipes."""
+    sizes = (2, 4, 8, 16)
+    lines = ["| model | " + " | ".join(f"{size} GB" for size in sizes) + " |", "| --- |" + " --- |" * len(sizes)]
+    for name in ("smolvlm2-256m", "smolvlm2-500m", "smolvlm2-2.2b"):
+        for recipe in ("int8", "int4"):
+            wanted = need_of_row(ROWS[name], recipe)
+            cells = [_cell(wanted, size * GB) for size in sizes]
+            lines.append(f"| `{name}@{recipe}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(wanted: Need, budget: int) -> str:
+    try:
+        context = fit([wanted], budget, max_running=1).context
+    except Unavailable:
+        return "does not fit"
+    slots = (budget - total_bytes([wanted], 0, LEAST_CONTEXT)) // wanted.slot(LEAST_CONTEXT)
+    return f"{context:,}; {slots}"
+
+
+if __name__ == "__main__":
+    print(table())
