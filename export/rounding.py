@@ -6,7 +6,6 @@ takes other scenes and the other half.
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,7 +44,6 @@ class Rounded(NamedTuple):
     codes: torch.Tensor  # uint8 [output, input]
     scales: torch.Tensor  # float32 [output, block]
     bits: int
-    lost: float = math.nan  # of the product, squared error over square, where it was measured
 
     def dense(self) -> torch.Tensor:
         """The matrix that the codes stand for, float32 [output, input]."""
@@ -85,7 +83,6 @@ def gptq(weight: torch.Tensor, moments: torch.Tensor, *, bits: int, block: int) 
     scale_of = scales.repeat_interleave(block, 1)[:, order].T.contiguous()
     factor = _inverse_factor(moments[order][:, order])
     codes = torch.empty_like(left, dtype=torch.uint8)
-    lost, whole = 0.0, float((weight @ moments).mul_(weight).sum())
     for start in range(0, inputs, COLUMNS):
         end = min(start + COLUMNS, inputs)
         errors = torch.empty_like(left[start:end])
@@ -95,8 +92,7 @@ def gptq(weight: torch.Tensor, moments: torch.Tensor, *, bits: int, block: int) 
             errors[row - start] = (left[row] - kept) / factor[row, row]
             left[row:end].addr_(factor[row, row:end], errors[row - start], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        lost += float(errors.square().sum())
-    return Rounded(codes[torch.argsort(order)].T.contiguous(), scales, bits, lost / max(whole, 1e-30))
+    return Rounded(codes[torch.argsort(order)].T.contiguous(), scales, bits)
 
 
 def _codes(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

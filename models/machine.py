@@ -33,6 +33,20 @@ def processor() -> Processor:
     return Processor(name, tuple(each for each in INSTRUCTION_SETS if each in flags))
 
 
+def available_memory_bytes() -> int | None:
+    """What a process may still take: the system's estimate, bounded by a container's limit. None: not known here."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    with suppress(OSError, ValueError):  # no cgroup v2 here, or "max": no limit
+        group = Path("/sys/fs/cgroup")
+        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        return max(0, left if found is None else min(found, left))
+    return found
+
+
 class Remembered:
     """Facts in one JSON file, each under what it was found for: a changed processor, version or file asks anew.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import io
 import logging
 import os
 import random
 import secrets
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI
 from PIL import Image
@@ -21,10 +22,10 @@ from comparisons.runner import Compared, CompareEvent
 from comparisons.runner import compare as run_comparison
 from models.answerer import collect
 from models.bundle import Bundle
-from models.errors import NearfarError, Unavailable
+from models.errors import BadRequest, Forbidden, NearfarError, Overloaded, Unavailable
 from models.loaded_model import LoadedModel
-from models.machine import Remembered
-from models.memory import GB, default_budget, fit, need_of
+from models.machine import Remembered, available_memory_bytes
+from models.memory import GB, Fit, default_budget, fit, need_of
 from models.request import AnswerRequest, GenerationSettings, question
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
@@ -33,11 +34,33 @@ from serving.api.security import Guard
 from serving.engine.local import LocalAnswerer, LocalEngine
 from serving.hosted.openai_compatible import OpenAICompatible
 from serving.hosted.providers import PROVIDERS, available, parse_endpoint
-from serving.pull import aliases, local_bundles, model_folder
+from serving.pull import (
+    aliases,
+    default_models,
+    fetch,
+    model_folder,
+    plan_pull,
+    wanted,
+)
 from serving.settings import Settings
 from serving.targets import Target, Targets
 
+Result = TypeVar("Result")
 log = logging.getLogger("nearfar")
+
+
+@dataclass
+class Pulling:
+    """How far the fetching of a model is. It changes while it is fetched, on one thread, and is read on another."""
+
+    model: str
+    state: Literal["fetching", "loading", "done", "failed"] = "fetching"
+    bytes: int = 0
+    total_bytes: int | None = None  # None: the hub has not said yet
+    error: str | None = None
+
+    def report(self, there: int, total: int) -> None:
+        self.bytes, self.total_bytes = there, total
 
 
 class Services:
@@ -51,31 +74,21 @@ class Services:
         self._hosted = available([*PROVIDERS, *map(parse_endpoint, settings.endpoints)], environment)
         self._engine: LocalEngine | None = None
         self._models: list[LoadedModel] = []
+        self._budget = settings.memory_budget or default_budget()  # now, before the models take theirs
         self._targets: Targets | None = None
         self._reason: str | None = "the models are being loaded"
         self._leaving = False
+        self.pulling: Pulling | None = None  # the model that is being fetched, or was last
 
     async def load(self) -> None:
         """Load every model and build the targets. A failure is kept as the reason why the service is not ready."""
         try:
             folders = model_folders(self.settings)
-            budget = self.settings.memory_budget or default_budget()
-            room = fit(
-                [need_of(Bundle.read(folder)) for folder in folders], budget, max_running=self.settings.max_running
-            )
-            log.info("memory: up to %.1f of %.1f GB, %d at once", room.bytes / GB, budget / GB, room.slots)
-            load = functools.partial(
-                LoadedModel.load,
-                context=room.context,
-                threads=self.settings.threads,
-                provider=self.settings.execution_provider,
-                vision=self.settings.vision_backend,
-                remembered=Remembered(self.settings.data_dir / "machine.json"),
-            )
-            self._models = [await asyncio.to_thread(load, folder) for folder in folders]
+            room = self._room([Bundle.read(folder) for folder in folders])
+            self._models = [await asyncio.to_thread(self._load_model, folder, room.context) for folder in folders]
             engine = LocalEngine(max_waiting=self.settings.max_waiting, max_running=room.slots)
             self._engine = engine
-            local = self._local_targets(engine)
+            local = [_local_target(model, engine) for model in self._models]
             for target in local:
                 await collect(target.answerer.stream(warm_up_request()))
             self._targets = Targets([*local, *self._hosted_targets()], aliases(self.settings))
@@ -105,17 +118,70 @@ class Services:
         """The bundles of the local models, in order."""
         return [model.bundle for model in self._models]
 
-    def _local_targets(self, engine: LocalEngine) -> list[Target]:
-        return [
-            Target(
-                answerer=LocalAnswerer(model, engine),
-                kind="local",
-                model=model.bundle.manifest.name,
-                recipe=model.bundle.manifest.recipe,
-                notice=model.bundle.manifest.notice,
-            )
-            for model in self._models
-        ]
+    def _room(self, bundles: Sequence[Bundle]) -> Fit:
+        """How many sequences, and how long ones, these models may run. Raises Unavailable where they do not fit."""
+        room = fit(list(map(need_of, bundles)), self._budget, max_running=self.settings.max_running)
+        log.info(
+            "memory: at most %.1f of %.1f GB, for %d sequences of %d positions",
+            room.bytes / GB, self._budget / GB, room.slots, room.context,
+        )  # fmt: skip
+        return room
+
+    def _load_model(self, folder: Path, context: int) -> LoadedModel:
+        return LoadedModel.load(
+            folder,
+            context=context,
+            threads=self.settings.threads,
+            provider=self.settings.execution_provider,
+            vision=self.settings.vision_backend,
+            remembered=Remembered(self.settings.data_dir / "machine.json"),
+        )
+
+    def pull(self, name: str) -> None:
+        """Begin to fetch a catalog model and to serve it; `self.pulling` tells how far it is. One at a time.
+
+        Raises NotFound, BadRequest, Forbidden where the service is offline, Overloaded while another is on its way.
+        """
+        self.targets()
+        row, recipe = wanted(name, None)
+        if self.settings.offline:
+            raise Forbidden("this service is offline: it fetches no model", param="model")
+        if self.pulling and self.pulling.state in ("fetching", "loading"):
+            raise Overloaded(f"{self.pulling.model} is being fetched; one at a time", retry_after_s=30)
+        self.pulling = Pulling(f"{row.name}@{recipe}")
+        self._pull_task = asyncio.create_task(self._pull(name, self.pulling))
+
+    async def _pull(self, name: str, pulling: Pulling) -> None:
+        try:
+            plan = await in_daemon_thread(plan_pull, name, self.settings.data_dir, recipe=None, revision=None)
+            if plan.recipe is None:
+                raise BadRequest(f"{name} has no published ONNX files; on the command line, nearfar pull exports it")
+            folder = await in_daemon_thread(fetch, plan, pulling.report)
+            pulling.state = "loading"
+            await self._serve_also(folder)
+            pulling.state = "done"
+        except Exception as error:
+            pulling.state, pulling.error = "failed", "fetching failed unexpectedly; the log says how"
+            if isinstance(error, NearfarError):
+                pulling.error = error.message
+            else:
+                log.exception("fetching %s failed", name)
+
+    async def _serve_also(self, folder: Path) -> None:
+        """One more local target. Raises Unavailable where its model does not fit into memory beside the others."""
+        bundle = Bundle.read(folder)
+        if bundle.target in [other.target for other in self.bundles()]:
+            return
+        assert self._engine is not None
+        room = self._room([*self.bundles(), bundle])
+        model = await asyncio.to_thread(self._load_model, folder, room.context)
+        self._engine.loop.max_running = room.slots
+        added = _local_target(model, self._engine)
+        await collect(added.answerer.stream(warm_up_request()))
+        present = list(self.targets())
+        local = sum(target.kind == "local" for target in present)
+        self._models.append(model)
+        self._targets = Targets([*present[:local], added, *present[local:]], aliases(self.settings))
 
     def _hosted_targets(self) -> list[Target]:
         return [
@@ -139,6 +205,39 @@ class Services:
             await asyncio.to_thread(self._engine.close)
 
 
+def _local_target(model: LoadedModel, engine: LocalEngine) -> Target:
+    manifest = model.bundle.manifest
+    return Target(
+        answerer=LocalAnswerer(model, engine),
+        kind="local",
+        model=manifest.name,
+        recipe=manifest.recipe,
+        notice=manifest.notice,
+    )
+
+
+async def in_daemon_thread(work: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Await a function in a thread that does not hold up the end of the process: a fetch may take an hour."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[Result] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], value: Any) -> None:
+        if not outcome.done():
+            set_outcome(value)
+
+    def run() -> None:
+        told: tuple[Any, ...]
+        try:
+            told = (outcome.set_result, work(*arguments, **options))
+        except Exception as error:
+            told = (outcome.set_exception, error)
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, *told)
+
+    threading.Thread(target=run, name="nearfar-pull", daemon=True).start()
+    return await outcome
+
+
 def warm_up_request() -> AnswerRequest:
     """A question that goes all the way: picture, template, every graph, prompt step and token step.
 
@@ -150,9 +249,9 @@ def warm_up_request() -> AnswerRequest:
 
 
 def model_folders(settings: Settings) -> list[Path]:
-    """Bundle folders of the named models; without names, of all on this machine. Raises NotFound."""
+    """Bundle folders of the named models; without names, of all here that fit into memory. Raises NotFound."""
     named = [model_folder(name, settings) for name in settings.models]
-    return named or [bundle.folder for bundle in local_bundles(settings)]
+    return named or [bundle.folder for bundle in default_models(settings, available_memory_bytes()).bundles]
 
 
 def create_app(settings: Settings, environment: Mapping[str, str] | None = None) -> FastAPI:

@@ -27,11 +27,12 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def child_service(*options: str, port: int = 0) -> Iterator[str]:
     """A ready `nearfar serve` with those options; yields its address and ends it. Raises Unavailable.
 
-    It gets neither the user's NEARFAR_ settings nor provider keys, so it shows what a fresh machine shows. For the
-    main thread: SIGTERM is turned into SystemExit meanwhile, so that no child outlives its parent.
+    Of the user's NEARFAR_ settings it gets the data folder alone, and no provider keys. For the main thread: SIGTERM is
+    turned into SystemExit meanwhile, so that no child outlives its parent.
     """
     port = port or free_port()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NEARFAR_")}
+    own = "NEARFAR_DATA_DIR"
+    kept = {name: value for name, value in os.environ.items() if name == own or not name.startswith("NEARFAR_")}
     environment = {name: value for name, value in kept.items() if not name.endswith("_API_KEY")}
     command = [sys.executable, "-m", "serving.cli", "serve", "--port", str(port), *options]
     before = signal.signal(signal.SIGTERM, _leave)

@@ -22,7 +22,9 @@ from models.bundle import Bundle
 from models.catalog import NOT_VERIFIED
 from models.errors import BadRequest, NearfarError, NotFound, Unavailable
 from models.expand import file_kind
+from models.machine import available_memory_bytes
 from models.request import GenerationSettings, Policy, Task, question
+from serving.pull import default_models
 from serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -98,6 +100,10 @@ def serve(
     _fetch_absent(settings, yes=yes)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line for every request
+    if not settings.models:
+        choice = default_models(settings, available_memory_bytes())
+        logging.getLogger("nearfar").info(choice.text)
+        settings = settings.model_copy(update={"models": tuple(str(bundle.folder) for bundle in choice.bundles)})
     run_server(settings)
 
 
@@ -158,6 +164,9 @@ def infer(
     local = model is not None and (folder or "/" not in model.removeprefix("local/"))  # it alone is loaded then
     settings = settings_from(models=(model,) if local else (), offline=offline or None)
     _fetch_absent(settings, yes=yes)
+    if model is None and not settings.models:
+        default = default_models(settings, available_memory_bytes()).bundles[0]
+        settings = settings.model_copy(update={"models": (str(default.folder),)})
     result = _run(infer_once(settings, os.environ, request, None if folder else model))
     if as_json:
         print(json.dumps(result, ensure_ascii=False, indent=2))

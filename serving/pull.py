@@ -34,6 +34,7 @@ CONFIGURATION = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
     "chat_template.jinja",
 )  # fmt: skip
+SUGGESTED = "smolvlm2-500m"
 PICKLE = b"\x80"  # its first byte; safetensors begin with a length, ONNX with a field tag of 8
 Report = Callable[[int, int], None]  # bytes that are there, bytes in all
 
@@ -51,6 +52,40 @@ def _capability(bundle: Bundle) -> tuple[int, int, str]:
     recipe = bundle.manifest.recipe
     place = RECIPE_PREFERENCE.index(recipe) if recipe in RECIPE_PREFERENCE else len(RECIPE_PREFERENCE)
     return -bundle.manifest.shapes.parameters, place, bundle.target
+
+
+def needed_memory_bytes(bundle: Bundle) -> int:
+    """An estimate: the weights, a quarter more for what ONNX Runtime packs anew, one cache over the whole context."""
+    shapes = bundle.manifest.shapes
+    cache = 2 * 4 * shapes.layers * shapes.kv_heads * shapes.head_dim * shapes.max_positions
+    return bundle.model_bytes * 5 // 4 + cache
+
+
+class Choice(NamedTuple):
+    """The models that are served where none is named, the default first, and one line that says why."""
+
+    bundles: list[Bundle]
+    text: str
+
+
+def default_models(settings: Settings, free_bytes: int | None) -> Choice:
+    """As many of this machine's models, the most capable first, as fit together into the free memory."""
+    chosen: list[Bundle] = []
+    left_out: list[str] = []
+    taken = 0
+    for bundle in local_bundles(settings):
+        needed = needed_memory_bytes(bundle)
+        if free_bytes is not None and taken + needed > free_bytes and bundle.folder not in BUNDLES.values():
+            left_out.append(f"{bundle.target} ({needed / 1e9:.1f} GB)")
+            continue
+        chosen.append(bundle)
+        taken += needed
+    why = "the most capable model here that fits into memory"
+    if chosen[0].folder in BUNDLES.values():
+        why = f"a toy; nearfar pull {SUGGESTED} fetches a real one"
+    free = "" if free_bytes is None else f" of {free_bytes / 1e9:.1f} GB free"
+    text = f"default model: {chosen[0].target}, {why} ({needed_memory_bytes(chosen[0]) / 1e9:.1f} GB{free})"
+    return Choice(chosen, f"{text}; left out: {', '.join(left_out)}" if left_out else text)
 
 
 def aliases(settings: Settings) -> dict[str, tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,23 @@ async def targets(request: Request) -> dict[str, list[dict[str, Any]]]:
 
 
 @keyed.get("/models")
-async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """The bundles that are loaded, and the catalog with what of it is on this machine."""
+async def models(request: Request) -> dict[str, Any]:
+    """The bundles that are loaded, the catalog with what of it is on this machine, and what is being fetched."""
     services = request.app.state.services
     there = await asyncio.to_thread(local_bundles, services.settings)
     return {
         "models": [model_object(bundle) for bundle in services.bundles()],
         "catalog": catalog_objects(there),
+        "pulling": asdict(services.pulling) if services.pulling else None,
     }
+
+
+@keyed.post("/models/{name}/pull", status_code=202)
+async def pull(request: Request, name: str) -> dict[str, Any]:
+    """Begin to fetch a catalog model; `GET /models` tells how far it is, and then it is a target."""
+    services = request.app.state.services
+    services.pull(name)
+    return {"pulling": asdict(services.pulling)}
 
 
 @router.get("/")

@@ -36,7 +36,7 @@ class EngineLoop:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()  # guards _waiting and _closing
         self._running: list[Job] = []
-        self._max_running = max_running
+        self.max_running = max_running
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="nearfar-engine", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class EngineLoop:
         """Take waiting sequences up to the bound; with nothing to run, wait for one. False: closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._waiting or self._closing)
-            while self._waiting and len(self._running) < self._max_running:
+            while self._waiting and len(self._running) < self.max_running:
                 self._running.append(self._waiting.popleft())
             return not self._closing
 

@@ -1,6 +1,7 @@
 // Fills the form from the service, sends one comparison and shows its events as they come.
 
 import { Card, errorText, make } from "./cards.js";
+import { Models } from "./models.js";
 import { fieldOf, Picture } from "./picture.js";
 import { readEvents } from "./sse.js";
 
@@ -18,6 +19,11 @@ const picture = new Picture(
     },
     refused: say,
   },
+);
+
+const models = new Models(
+  { box: at("models"), list: at("models_list"), status: at("models_status"), progress: at("models_progress") },
+  { ask, served: load },
 );
 
 function say(text) {
@@ -49,6 +55,7 @@ async function load() {
     at("samples").replaceChildren(...samples.map(sampleItem));
     at("samples_box").hidden = !samples.length;
     say("");
+    await models.load();
   } catch (error) {
     say(error.message);
     if (error.status === 503) setTimeout(load, 1500); // the models are still being loaded

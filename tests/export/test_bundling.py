@@ -181,12 +181,12 @@ def test_four_bits_give_way_to_eight_until_the_gate_is_passed(
     monkeypatch.setattr(decoders, "draw_cases", lambda *_, **__: [])
     monkeypatch.setattr(decoders, "calibrate", lambda *_, **__: {})
     manifest = export_bundle(embedded_checkpoint, recipe="int4", out=tmp_path / "out", show_progress=False)
-    assert manifest.graphs["decoder_model_merged"].weights.endswith("; lm_head in 8 bits")
+    assert manifest.graphs["decoder_model_merged"].weights.endswith("; lm_head in 8 bits; attn in 8 bits")
     bits = {}
     for node in onnx.load(tmp_path / "out" / "onnx" / "decoder_model_merged_q4.onnx").graph.node:
         if node.op_type == "MatMulNBits":
             bits[node.name] = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
-    assert {name for name in bits if bits[name] == 8} == {"/lm_head/MatMul"}
+    assert {name for name in bits if bits[name] == 8} == {name for name in bits if "lm_head" in name or "attn" in name}
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(

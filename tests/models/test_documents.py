@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from models.documents import read_document
-from models.errors import PayloadTooLarge
+from models.errors import BadRequest, PayloadTooLarge
 from models.images import ImageProcessing, tile_image
 
 SMOLVLM = ImageProcessing(longest_edge=2048, tile_px=512, auto_tile_px=512)
@@ -70,3 +71,18 @@ def test_a_document_of_endless_pages_is_refused(monkeypatch: pytest.MonkeyPatch)
     for kind in ("PDF", "TIFF"):
         with pytest.raises(PayloadTooLarge, match="4 pages"):
             read_document(document(kind, *[(9, 9)] * 4), longest_edge=64)
+
+
+@pytest.mark.parametrize("kind", ["PDF", "TIFF"])
+def test_whatever_bytes_are_damaged_the_document_is_read_or_refused(kind: str) -> None:
+    data, rng = document(kind, (90, 120), (120, 90)), random.Random(5)
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 60)):
+            damaged[rng.randrange(4, len(data))] = rng.randrange(256)
+        try:
+            assert read_document(bytes(damaged), longest_edge=64).pages
+        except BadRequest:
+            refused += 1
+    assert refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from models.documents import read_document
-from models.errors import UnsupportedMedia
+from models.errors import BadRequest, UnsupportedMedia
 from models.expand import Expansion, expand, file_kind, in_words
 from models.images import Grid, ImageProcessing, decode_image, tile_frame
 from models.prompt import PromptRenderer
@@ -148,6 +149,21 @@ def test_a_file_is_told_by_its_first_bytes() -> None:
     assert [file_kind(clips[name]) for name in CLIPS] == ["video", "video", "video", "image"]
     assert file_kind(b"\x00\x00\x00\x18ftypheic" + bytes(8)) == "image"
     assert [file_kind(head) for head in (b"%PDF-1.4", b"II*\x00", b"MM\x00*")] == ["document"] * 3
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_whatever_bytes_are_damaged_the_video_is_read_or_refused(name: str) -> None:
+    data, rng = (GOLDEN / name).read_bytes(), random.Random(5)
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 60)):
+            damaged[rng.randrange(12, min(len(data), 6000))] = rng.randrange(256)
+        try:
+            assert read_video(bytes(damaged), longest_edge=64).frames
+        except BadRequest:
+            refused += 1
+    assert refused
 
 
 def test_without_its_extra_a_file_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import pytest
 from models.catalog import ALIASES, NOT_VERIFIED, ROWS
 from models.errors import NotFound
 from models.tiny_scenes import BUNDLES
-from serving.pull import local_bundles, model_folder
+from serving.pull import default_models, local_bundles, model_folder, needed_memory_bytes
 from serving.settings import Settings
 from tests.serving.conftest import running
-from tests.serving.test_cli import nearfar
+from tests.serving.test_cli import PICTURE, nearfar
 
 QUESTION = "What color is the circle?"
 
@@ -79,3 +79,26 @@ def test_a_model_of_the_data_folder_is_named_like_an_embedded_one(tmp_path: Path
         model_folder("smolvlm2-256m@fp32", settings)
     with pytest.raises(NotFound, match="did you mean"):
         model_folder("smolvlm2-257m", settings)
+
+
+def test_the_most_capable_model_that_fits_is_the_default_and_the_first_line_of_the_log_says_so(tmp_path: Path) -> None:
+    assert "toy" in default_models(Settings(data_dir=tmp_path), None).text
+    small, large = install(tmp_path, "small"), install(tmp_path, "large")
+    manifest = json.loads((large / "manifest.json").read_text())
+    manifest["shapes"]["parameters"] *= 100
+    (large / "manifest.json").write_text(json.dumps(manifest))
+    settings = Settings(data_dir=tmp_path)
+    roomy = default_models(settings, None)
+    assert [bundle.folder for bundle in roomy.bundles] == [large, small, *BUNDLES.values()]
+    one = needed_memory_bytes(roomy.bundles[0])
+    tight = default_models(settings, one + 1)
+    assert [bundle.folder for bundle in tight.bundles] == [large, *BUNDLES.values()]
+    assert tight.text.startswith("default model: local/large@int8, the most capable")
+    assert "left out: local/small@int8" in tight.text
+    assert default_models(settings, 0).bundles[0].folder in BUNDLES.values()
+
+
+def test_infer_without_a_name_asks_the_default_alone(tmp_path: Path) -> None:
+    install(tmp_path, "mine")
+    run = nearfar("infer", PICTURE, QUESTION, "--json", NEARFAR_DATA_DIR=str(tmp_path))
+    assert json.loads(run.stdout)["target"] == "local/mine@int8"

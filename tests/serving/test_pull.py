@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from models.bundle import Bundle
 from models.catalog import NOT_VERIFIED, ROWS
-from tests.serving.conftest import wait_for
+from serving.child import free_port
+from tests.serving.conftest import running, wait_for
 from tests.serving.hub import COMMIT, Hub, published_files, running_hub, tree
-from tests.serving.test_cli import PICTURE, assert_fails, nearfar
+from tests.serving.test_cli import PICTURE, assert_fails, nearfar, poll
 
 QUESTION = "What color is the circle?"
 NAME = "smolvlm2-500m"
@@ -243,6 +246,61 @@ def test_a_checkpoint_without_onnx_files_is_fetched_for_the_export(hub: Hub, dat
     folder = data_dir / "checkpoints" / f"{NAME}@{COMMIT}"
     assert run.stdout.strip() == str(folder)
     assert tree(folder) == {"config.json", "model.safetensors"}
+
+
+def test_a_running_service_fetches_a_model_and_serves_it(hub: Hub, data_dir: Path, red_circle_url: str) -> None:
+    with service_with(hub, data_dir) as url, httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+        assert client.post("/models/no-such/pull").status_code == 404
+        assert client.post("/models/tiny-scenes/pull").status_code == 400
+        assert client.post(f"/models/{NAME}/pull", headers={"origin": "http://elsewhere"}).status_code == 403
+        hub.hold.clear()
+        started = client.post(f"/models/{NAME}/pull")
+        assert (started.status_code, started.json()["pulling"]["state"]) == (202, "fetching")
+        assert client.post("/models/smolvlm2-256m/pull").status_code == 429
+        hub.hold.set()
+        wait_for(lambda: client.get("/models").json()["pulling"]["state"] in ("done", "failed"))
+        pulling = client.get("/models").json()["pulling"]
+        assert (pulling["state"], pulling["error"]) == ("done", None)
+        assert pulling["bytes"] == pulling["total_bytes"] > 1e6
+        names = [target["name"] for target in client.get("/targets").json()["targets"]]
+        assert names == ["local/tiny-scenes@int8", "local/tiny-scenes@fp32", f"local/{NAME}@int4"]
+        body = {"prompt": QUESTION, "images": [red_circle_url], "model": "smolvlm2-turbo"}
+        assert client.post("/infer", json=body).json()["text"] == "red"
+        hub.repositories.clear()
+        client.post("/models/smolvlm2-256m/pull")
+        wait_for(lambda: client.get("/models").json()["pulling"]["state"] == "failed")
+        assert "the hub has no" in client.get("/models").json()["pulling"]["error"]
+
+
+def test_an_offline_service_fetches_nothing(client: httpx2.Client, data_dir: Path) -> None:
+    with running(offline=True, data_dir=data_dir, models=("tiny-scenes",)) as service:
+        answer = service.ready().client.post(f"/models/{NAME}/pull")
+    assert answer.status_code == 403
+
+
+def test_a_service_that_is_stopped_does_not_wait_for_a_fetch(hub: Hub, data_dir: Path) -> None:
+    hub.hold.clear()
+    with service_with(hub, data_dir) as url:
+        httpx2.post(f"{url}/models/{NAME}/pull", trust_env=False)
+        wait_for(lambda: any(path.endswith(".onnx") for _, path, _ in hub.requests))
+    assert_nothing_usable(data_dir)  # service_with has seen it end with status 0 in time
+
+
+@contextmanager
+def service_with(hub: Hub, data_dir: Path) -> Iterator[str]:
+    """`nearfar serve` as its own process: the library reads HF_ENDPOINT when it is imported. Ends with status 0."""
+    port = free_port()
+    command = [sys.executable, "-m", "serving.cli", "serve", "--port", str(port)]
+    with subprocess.Popen(
+        command, env={**os.environ, **environment(hub, data_dir)}, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            poll(f"http://127.0.0.1:{port}/ready", 200)
+            yield f"http://127.0.0.1:{port}"
+            process.terminate()
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
 
 
 def assert_pull_fails(hub: Hub, data_dir: Path, *words: str) -> None:
