@@ -73,9 +73,13 @@ def write_vision(checkpoint: Checkpoint, path: Path) -> None:
     with warnings.catch_warnings():
         # TracerWarning: pixel_shuffle turns constant sizes into ints; DeprecationWarning: of the TorchScript exporter.
         warnings.simplefilter("ignore")
-        export(encoder, config, path, opset=OPSET)
-    validate_model_outputs(config, encoder, path, ["image_features"], atol=VALIDATION_TOLERANCE, use_subprocess=False)
+        # Its fix of the axes would run the graph, unoptimized, to learn two sizes: minutes with a large model.
+        export(encoder, config, path, opset=OPSET, disable_dynamic_axes_fix=True)
     graph = onnx.load(path)
+    _, image_tokens, hidden = graph.graph.output[0].type.tensor_type.shape.dim
+    image_tokens.dim_value, hidden.dim_value = checkpoint.shapes.image_tokens_per_tile, checkpoint.shapes.hidden_size
+    onnx.save(graph, path)
+    validate_model_outputs(config, encoder, path, ["image_features"], atol=VALIDATION_TOLERANCE, use_subprocess=False)
     # The published layout has this input. Tiles are always full, so nothing reads it, and tracing would drop it.
     mask_shape: list[str | int | None] = [
         "batch_size",
