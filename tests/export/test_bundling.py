@@ -251,6 +251,10 @@ def test_other_shapes_export(
     # Random weights: nothing can be said of KL, and the manifest says that rather than a figure.
     assert manifest.quality["mean_kl"] is None
     assert not manifest.quality["kl_meaningful"]
+    proxy = manifest.quality.get("proxy")
+    assert (proxy is not None) == (recipe in ("int8", "int4"))
+    assert proxy is None or proxy["mean_kl_is"].startswith("not of this bundle")
+    assert manifest.quality.get("calibration", "none").startswith("none")
     assert manifest.quality["vision_cosine_mean"] > 0.99
     model = OnnxModel(Bundle.load(tmp_path / "out"), threads=1)
     assert model.decode(model.embed([0, 1]), model.new_cache(4)).shape == (manifest.shapes.vocab_size,)
