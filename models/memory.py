@@ -11,12 +11,12 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from models.bundle import Bundle
 from models.catalog import ROWS, Row, Shape
 from models.errors import BundleError, Unavailable
+from models.machine import available_memory_bytes
 from models.onnx_model import CACHE_STEP, POSITIONS_PER_STEP, TILE_PIXELS_PER_STEP
 
 GB = 10**9
@@ -130,25 +130,8 @@ def total_bytes(needs: Sequence[Need], slots: int, context: int) -> int:
 
 def default_budget() -> int:
     """Bytes: nine tenths of what is free on the machine, or in this process's control group where that is less."""
-    free = [_meminfo("MemAvailable")] if Path("/proc/meminfo").exists() else [_physical()]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max": no limit
-            continue
-    return round(SHARE_OF_FREE * min(free))
-
-
-def _meminfo(name: str) -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def _physical() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = available_memory_bytes()
+    return round(SHARE_OF_FREE * (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free))
 
 
 def table() -> str:

@@ -25,6 +25,7 @@ from models.bundle import MANIFEST, Bundle, Source, sha256_of
 from models.catalog import ALIASES, DEFAULT_RECIPE, EXPORTED_BYTES_PER_WEIGHT, OTHER_RECIPES, PUBLISHED, Row, find
 from models.errors import BadRequest, BundleError, NotFound, Unavailable
 from models.loaded_model import LoadedModel
+from models.memory import LEAST_CONTEXT, Need, need_of, total_bytes
 from models.tiny_scenes import BUNDLES
 from serving.settings import Settings
 
@@ -54,13 +55,6 @@ def _capability(bundle: Bundle) -> tuple[int, int, str]:
     return -bundle.manifest.shapes.parameters, place, bundle.target
 
 
-def needed_memory_bytes(bundle: Bundle) -> int:
-    """An estimate: the weights, a quarter more for what ONNX Runtime packs anew, one cache over the whole context."""
-    shapes = bundle.manifest.shapes
-    cache = 2 * 4 * shapes.layers * shapes.kv_heads * shapes.head_dim * shapes.max_positions
-    return bundle.model_bytes * 5 // 4 + cache
-
-
 class Choice(NamedTuple):
     """The models that are served where none is named, the default first, and one line that says why."""
 
@@ -72,20 +66,25 @@ def default_models(settings: Settings, free_bytes: int | None) -> Choice:
     """As many of this machine's models, the most capable first, as fit together into the free memory."""
     chosen: list[Bundle] = []
     left_out: list[str] = []
-    taken = 0
+    needs: list[Need] = []
     for bundle in local_bundles(settings):
-        needed = needed_memory_bytes(bundle)
-        if free_bytes is not None and taken + needed > free_bytes and bundle.folder not in BUNDLES.values():
-            left_out.append(f"{bundle.target} ({needed / 1e9:.1f} GB)")
+        with_it = [*needs, need_of(bundle)]
+        total = total_bytes(with_it, 1, LEAST_CONTEXT)
+        if free_bytes is not None and total > free_bytes and bundle.folder not in BUNDLES.values():
+            left_out.append(f"{bundle.target} ({_gigabytes(bundle)})")
             continue
         chosen.append(bundle)
-        taken += needed
+        needs = with_it
     why = "the most capable model here that fits into memory"
     if chosen[0].folder in BUNDLES.values():
         why = f"a toy; nearfar pull {SUGGESTED} fetches a real one"
     free = "" if free_bytes is None else f" of {free_bytes / 1e9:.1f} GB free"
-    text = f"default model: {chosen[0].target}, {why} ({needed_memory_bytes(chosen[0]) / 1e9:.1f} GB{free})"
+    text = f"default model: {chosen[0].target}, {why} ({_gigabytes(chosen[0])}{free})"
     return Choice(chosen, f"{text}; left out: {', '.join(left_out)}" if left_out else text)
+
+
+def _gigabytes(bundle: Bundle) -> str:
+    return f"{total_bytes([need_of(bundle)], 1, LEAST_CONTEXT) / 1e9:.1f} GB"
 
 
 def aliases(settings: Settings) -> dict[str, tuple[str, str]]:

@@ -11,8 +11,9 @@ import pytest
 
 from models.catalog import ALIASES, NOT_VERIFIED, ROWS
 from models.errors import NotFound
+from models.memory import LEAST_CONTEXT, need_of, total_bytes
 from models.tiny_scenes import BUNDLES
-from serving.pull import default_models, local_bundles, model_folder, needed_memory_bytes
+from serving.pull import default_models, local_bundles, model_folder
 from serving.settings import Settings
 from tests.serving.conftest import running
 from tests.serving.test_cli import PICTURE, nearfar
@@ -90,7 +91,7 @@ def test_the_most_capable_model_that_fits_is_the_default_and_the_first_line_of_t
     settings = Settings(data_dir=tmp_path)
     roomy = default_models(settings, None)
     assert [bundle.folder for bundle in roomy.bundles] == [large, small, *BUNDLES.values()]
-    one = needed_memory_bytes(roomy.bundles[0])
+    one = total_bytes([need_of(roomy.bundles[0])], 1, LEAST_CONTEXT)
     tight = default_models(settings, one + 1)
     assert [bundle.folder for bundle in tight.bundles] == [large, *BUNDLES.values()]
     assert tight.text.startswith("default model: local/large@int8, the most capable")
