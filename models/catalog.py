@@ -205,3 +205,13 @@ def find(name: str) -> Named:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join([*ROWS, *ALIASES])}"
         raise NotFound(f"there is no model {name[:200]!r}; {hint}", param="model")
     return Named(row, recipe or (alias.recipe if alias else None), alias.notice if alias else row.notice)
+
+
+def meaning(name: str, aliases: Mapping[str, tuple[str, str]]) -> tuple[str, str | None]:
+    """What a name stands for under these aliases, and the notice that says so; itself and None where it is none."""
+    short = name.removeprefix("local/")
+    alias, at, recipe = short.partition("@")
+    if alias not in aliases:
+        return short, None
+    meant, notice = aliases[alias]
+    return (f"{meant.partition('@')[0]}@{recipe}" if at else meant), notice

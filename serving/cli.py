@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from models.bundle import Bundle
-from models.catalog import NOT_VERIFIED
+from models.catalog import NOT_VERIFIED, meaning
 from models.errors import BadRequest, NearfarError, NotFound, Unavailable
 from models.expand import file_kind
 from models.machine import available_memory_bytes
@@ -463,9 +463,9 @@ def _fetch_absent(settings: Settings, *, yes: bool) -> None:
 
     try:
         for name in settings.models:
-            alias = aliases(settings).get(name.removeprefix("local/"))
-            if alias:
-                _say(alias[1])
+            _, notice = meaning(name, aliases(settings))
+            if notice:
+                _say(notice)
             try:
                 model_folder(name, settings)
             except NotFound:

@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 
 from models.adopt import adopt
 from models.bundle import MANIFEST, Bundle, Source, sha256_of
-from models.catalog import ALIASES, DEFAULT_RECIPE, EXPORTED_BYTES_PER_WEIGHT, OTHER_RECIPES, PUBLISHED, Row, find
+from models.catalog import (
+    ALIASES,
+    DEFAULT_RECIPE,
+    EXPORTED_BYTES_PER_WEIGHT,
+    OTHER_RECIPES,
+    PUBLISHED,
+    Row,
+    find,
+    meaning,
+)
 from models.errors import BadRequest, BundleError, NotFound, Unavailable
 from models.loaded_model import LoadedModel
 from models.memory import LEAST_CONTEXT, Need, need_of, total_bytes
@@ -106,7 +115,7 @@ def model_folder(name: str, settings: Settings) -> Path:
         return Path(name)
     if short == "smolvlm-3b" and settings.smolvlm_3b:
         return settings.smolvlm_3b
-    wanted = aliases(settings)[short][0] if short in ALIASES else short
+    wanted, _ = meaning(short, aliases(settings))
     for bundle in local_bundles(settings):
         if wanted in (bundle.manifest.name, bundle.target.removeprefix("local/")):
             return bundle.folder

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from models.answerer import Answerer
-from models.catalog import ROWS
+from models.catalog import ROWS, meaning
 from models.errors import BadRequest, Forbidden, InvalidValue, NotFound
 from models.events import AnswerEvent, Finished
 from models.request import AnswerRequest, Policy
@@ -128,12 +128,12 @@ class Targets:
             short = target.name.removeprefix("local/")
             if name in (short, short.partition("@")[0], target.name.partition("@")[0]) and target.kind == "local":
                 return target
-        alias = name.removeprefix("local/")
-        if alias in self._aliases:
-            meant, notice = self._aliases[alias]
+        meant, notice = meaning(name, self._aliases)
+        if notice:
             return noticed(self._find(meant), notice)
-        if alias.partition("@")[0] in ROWS:
-            raise NotFound(f"{alias} is not loaded here; nearfar pull {alias} fetches it", param="model")
+        row = ROWS.get(meant.partition("@")[0])
+        if row and row.hub_id:
+            raise NotFound(f"{meant} is not loaded here; nearfar pull {meant} fetches it", param="model")
         near = difflib.get_close_matches(name[:200], self._by_name, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "GET /targets lists them"
         raise NotFound(f"there is no target {name[:200]!r}; {hint}", param="model")

@@ -55,9 +55,11 @@ def test_an_alias_answers_and_says_what_it_stands_for(tmp_path: Path, red_circle
     body = {"prompt": QUESTION, "images": [red_circle_url], "model": "smolvlm2-turbo"}
     with running(data_dir=tmp_path, models=("smolvlm2-turbo",)) as service:
         answer = service.ready().client.post("/infer", json=body).json()
+        with_recipe = service.client.post("/infer", json={**body, "model": "local/smolvlm2-turbo@int4"}).json()
         absent = service.client.post("/infer", json={**body, "model": "smolvlm-3b"})
     assert (answer["text"], answer["target"]) == ("red", "local/smolvlm2-500m@int4")
     assert answer["notice"].startswith("No published checkpoint is called SmolVLM2 Turbo")
+    assert (with_recipe["target"], with_recipe["notice"]) == (answer["target"], answer["notice"])
     assert absent.status_code == 404
     assert "nearfar pull smolvlm2-2.2b" in absent.json()["error"]["message"]
 

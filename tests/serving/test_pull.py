@@ -16,6 +16,7 @@ import pytest
 
 from models.bundle import Bundle
 from models.catalog import NOT_VERIFIED, ROWS
+from models.tiny_scenes import BUNDLES
 from serving.child import free_port
 from tests.serving.conftest import running, wait_for
 from tests.serving.hub import COMMIT, Hub, published_files, running_hub, tree
@@ -246,6 +247,36 @@ def test_a_checkpoint_without_onnx_files_is_fetched_for_the_export(hub: Hub, dat
     folder = data_dir / "checkpoints" / f"{NAME}@{COMMIT}"
     assert run.stdout.strip() == str(folder)
     assert tree(folder) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.slow
+def test_a_model_without_onnx_files_is_exported_from_its_checkpoint_and_answers(hub: Hub, data_dir: Path) -> None:
+    checkpoint = BUNDLES["tiny-scenes@int8"].parents[1] / "checkpoint"
+    hub.repositories[str(ROWS["smolvlm2-2.2b"].hub_id)] = contents(checkpoint)
+    command = ("infer", PICTURE, QUESTION, "--model", "smolvlm-3b@int8", "--json")
+    run = nearfar(*command, **environment(hub, data_dir))
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert (answer["text"], answer["target"]) == ("red", "local/smolvlm2-2.2b@int8")
+    assert "No published checkpoint is called SmolVLM-3B" in run.stderr
+    source = Bundle.load(data_dir / "models" / "smolvlm2-2.2b@int8").manifest.source
+    assert (source.name, source.revision) == (ROWS["smolvlm2-2.2b"].hub_id, COMMIT)
+
+
+@pytest.mark.slow
+def test_an_exact_shape_checkpoint_comes_whole(hub: Hub, data_dir: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    subprocess.run([sys.executable, "-m", "export.exact_shapes", "smolvlm2-256m", str(made)], check=True)
+    hub.repositories[HUB_ID] = contents(made)
+    run = pull(hub, data_dir, NAME, "--checkpoint")
+    assert run.returncode == 0, run.stderr
+    fetched = contents(data_dir / "checkpoints" / f"{NAME}@{COMMIT}")
+    assert sum(map(len, fetched.values())) > 2 * ROWS["smolvlm2-256m"].shape.parameters
+    assert fetched == {name: content for name, content in hub.repositories[HUB_ID].items() if name in fetched}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_a_running_service_fetches_a_model_and_serves_it(hub: Hub, data_dir: Path, red_circle_url: str) -> None:
