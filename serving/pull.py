@@ -7,7 +7,6 @@ A fetch sends names of models and files, never an input, so the policy on inputs
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -206,21 +205,25 @@ def fetch(plan: Plan, report: Report) -> Path:
     Another process that fetches the same is waited for. Raises Unavailable for the network and the disk, BundleError
     for files that are not what the hub says or no model.
     """
-    plan.staging.parent.mkdir(parents=True, exist_ok=True)
-    with (plan.staging.parent / f"{plan.folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets it go when the process ends, however it ends
-        if is_there(plan):
-            return plan.folder
-        for other in plan.staging.parent.glob(f"{plan.staging.name.rpartition('@')[0]}@*"):
-            if other != plan.staging:
-                shutil.rmtree(other)  # of another commit
-        _check_disk(plan)
-        with _hub_errors(str(plan.row.hub_id), plan.revision), _reporting(plan, report):
-            for file in plan.files:
-                _fetch_file(plan, file)
-        shutil.rmtree(plan.staging / ".cache", ignore_errors=True)  # the library's notes on what is incomplete
-        _finish(plan)
+    with _hub_errors(str(plan.row.hub_id), plan.revision):
+        plan.staging.parent.mkdir(parents=True, exist_ok=True)
+        with (plan.staging.parent / f"{plan.folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets it go when the process ends, however it ends
+            if not is_there(plan):
+                _fetch_all(plan, report)
     return plan.folder
+
+
+def _fetch_all(plan: Plan, report: Report) -> None:
+    for other in plan.staging.parent.glob(f"{plan.staging.name.rpartition('@')[0]}@*"):
+        if other.is_dir() and other != plan.staging:
+            shutil.rmtree(other)  # of another commit
+    _check_disk(plan)
+    with _reporting(plan, report):
+        for file in plan.files:
+            _fetch_file(plan, file)
+    shutil.rmtree(plan.staging / ".cache", ignore_errors=True)  # the library's notes on what is incomplete
+    _finish(plan)
 
 
 def is_there(plan: Plan) -> bool:
@@ -376,7 +379,7 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else "an error"
         raise Unavailable(f"the hub answered {status} for {hub_id}; what was fetched is kept") from error
     except OSError as error:  # the library's network errors are all of this kind
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno and not isinstance(error, ConnectionError | TimeoutError):  # of this machine's disk
             raise Unavailable(f"{error.filename or 'the data folder'}: {error.strerror}") from error
         where = _hub().constants.ENDPOINT
         if _hub().constants.HF_HUB_OFFLINE:

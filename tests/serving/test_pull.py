@@ -194,6 +194,25 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub: Hub, d
     assert not hub.sent
 
 
+def test_a_data_folder_that_cannot_be_made_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = pull(hub, tmp_path / "file" / "data", NAME)
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].endswith("Not a directory")
+    assert "Traceback" not in run.stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_model(hub: Hub, data_dir: Path) -> None:
+    limited = ["sh", "-c", 'ulimit -f 2000; exec "$0" "$@"', sys.executable, "-m", "serving.cli", "pull", NAME]
+    full = {**os.environ, **environment(hub, data_dir)}
+    run = subprocess.run(limited, capture_output=True, text=True, timeout=100, check=False, env=full)
+    assert run.returncode == 1, run.stderr
+    assert "File too large" in run.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in run.stderr
+    assert_nothing_usable(data_dir)
+    assert pull(hub, data_dir, NAME).returncode == 0
+
+
 def test_a_hub_out_of_reach_is_one_line(hub: Hub, data_dir: Path) -> None:
     hub.url = "http://127.0.0.1:9"
     assert_pull_fails(hub, data_dir, "cannot be reached", hub.url)
