@@ -108,7 +108,7 @@ RECIPES: Mapping[Recipe, RecipePlan] = MappingProxyType(
             suffix="_int8",
             gate=GATES["int8-fast"],
             decoders=(DecoderPlan(bits=8, int8_prompt=True),),
-            proxy_mean_kl=0.047,
+            proxy_mean_kl=0.036,
         ),
         "int4": RecipePlan(suffix="_q4", gate=GATES["int4"], decoders=FOUR_BITS, proxy_mean_kl=0.154),
         "q4f16": RecipePlan(

@@ -107,8 +107,7 @@ def summary(found: Differences, vocabulary: int, *, reference: str, inputs: str)
     figures = {
         "inputs": f"{found.prompts} prompts about {inputs}, {len(found.kl)} positions",
         "mean_kl": None if untrained else float(np.mean(found.kl)),
-        "mean_kl_is": f"mean over positions of KL({reference} || exported) in nats, through vision, embeddings and "
-        "decoder",
+        "mean_kl_is": f"mean over positions of KL({reference} || exported) in nats, through all graphs used",
         "kl_meaningful": not untrained,
         "entropy_share": entropy_share,
         "entropy_share_is": f"{reference}'s mean entropy over log(vocabulary); from "
