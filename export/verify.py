@@ -5,21 +5,27 @@ them, step by step over its cache.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm, trange
+from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
 
 from export.checkpoint import Checkpoint
+from models.bundle import MANIFEST, Manifest
 from models.errors import NearfarError
 from models.images import Detail, ImageProcessing, tile_image
 from models.onnx_model import OnnxModel
+from models.prompt import read_template
 from models.quality import Case, Differences, Floats, compare, summary
 from models.request import ImagePart, Message, Part, TextPart
 from models.tiny_scenes import scenes
@@ -147,3 +153,28 @@ def reference(checkpoint: Checkpoint, ids: list[int], pixels: Floats, tokens: in
         answer=generated.sequences[0, len(ids) :].tolist(),
         logits=torch.cat(generated.logits).float().numpy(),
     )
+
+
+class ReferenceProcessor:
+    """A bundle's processor as transformers builds it, splitting pictures into tiles.
+
+    Of Idefics3's classes, since SmolVLM's do not import without torchvision; for pictures they give the same.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        names = ("size", "max_image_size", "image_mean", "image_std")
+        self._processor = Idefics3Processor(
+            Idefics3ImageProcessor(**{name: settings[name] for name in names if name in settings}),
+            PreTrainedTokenizerFast.from_pretrained(folder),
+            image_seq_len=Manifest.model_validate_json((folder / MANIFEST).read_bytes()).shapes.image_tokens_per_tile,
+            chat_template=read_template(folder),
+        )
+
+    def __call__(self, image: Image.Image, question: str) -> tuple[list[int], Floats]:
+        """Token ids, and tiles [tile, 3, height, width], of one RGB picture and a question about it."""
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = self._processor.apply_chat_template([turn], add_generation_prompt=True)
+        # Without the data format it takes a height of 1 or 3 for the channels.
+        found = self._processor(text=text, images=[image], add_special_tokens=False, input_data_format="channels_last")
+        return list(found["input_ids"][0]), np.asarray(found["pixel_values"][0], dtype=np.float32)

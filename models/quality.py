@@ -1,13 +1,15 @@
-"""How far one set of graphs lies from another, in figures, and what each recipe may lose.
+"""What a model is checked on, how far one set of graphs lies from another, and what each recipe may lose.
 
 NumPy alone: the export compares with torch, `nearfar verify` with the float32 graphs of the same weights.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,13 +17,46 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import NearfarError
+from models.images import Detail
 from models.onnx_model import OnnxModel
 
+SPECIMENS_FOLDER, REPORTS = Path(__file__).parent / "specimens", Path(__file__).parent / "reports"
 Floats = npt.NDArray[np.float32]
 
 # Random weights spread their answers evenly: the mean entropy is log(vocabulary) but for a few percent. Trained weights
 # stay far below.
 RANDOM_ENTROPY_SHARE = 0.9
+
+
+class Specimen(NamedTuple):
+    """One picture, the question about it, and how finely it is cut."""
+
+    file: str
+    question: str
+    detail: Detail = "auto"
+
+    def read(self) -> bytes:
+        return (SPECIMENS_FOLDER / self.file).read_bytes()
+
+
+# In the order in which a check that has little time takes them: unlike ones first.
+SPECIMENS = (
+    Specimen("cat.jpg", "What animal is this?"),
+    Specimen("chart.png", "Which month has the highest bar, and what is its value?"),
+    Specimen("letter.jpg", "Who wrote this letter, and what does the repair cost?"),
+    Specimen("sign.png", "What number is on the sign?"),
+    Specimen("photographer.jpg", "What is the man doing?"),
+    Specimen("receipt.png", "What is the total on this receipt?", "high"),
+    Specimen("coffee.jpg", "Describe this picture."),
+    Specimen("rocket.jpg", "Is it day or night in this picture?"),
+    Specimen("writing.png", "What kind of writing is this?"),
+    Specimen("galaxies.jpg", "What does this picture show?"),
+)
+
+
+def prose() -> str:
+    """About 200 words of plain English prose, on one line."""
+    return " ".join((SPECIMENS_FOLDER / "text.txt").read_text(encoding="utf-8").split())
 
 
 class QualityGateFailed(NearfarError):
@@ -39,7 +74,7 @@ class Gate:
     min_vision_cosine: float | None = None  # mean over image tokens
 
 
-# By recipe; what stands in no row has the widest bound.
+# By recipe. `gate_of` gives the last row to what stands in none: files that somebody else has quantized.
 GATES: Mapping[str, Gate] = MappingProxyType(
     {
         "fp32": Gate(max_logit_error=1e-3),
@@ -52,14 +87,22 @@ GATES: Mapping[str, Gate] = MappingProxyType(
 )
 
 
+def gate_of(recipe: str) -> Gate:
+    """The bounds of a recipe; those of `int4` for a recipe that is not of this project's making."""
+    return GATES.get(recipe, GATES["int4"])
+
+
 class Case(NamedTuple):
-    """One prompt, its tiles, and what the reference makes of them."""
+    """One prompt, its tiles, and what a model makes of them. Text alone has no tile and no features."""
 
     ids: list[int]
     pixels: Floats  # [tile, 3, height, width]
-    features: Floats  # [tile, image token, hidden], of the reference
-    answer: list[int]  # greedy, the stop token included
-    logits: Floats  # [answer token, vocabulary], of the reference
+    features: Floats  # [tile, image token, hidden]
+    answer: list[int]  # greedy with the stop token, or what was fed
+    logits: Floats  # [answer token, vocabulary]
+
+
+NO_PIXELS, NO_FEATURES = np.empty((0, 3, 1, 1), np.float32), np.empty((0, 1, 1), np.float32)
 
 
 @dataclass
@@ -72,6 +115,14 @@ class Differences:
     same_top: list[bool] = field(default_factory=list)
     cosine: list[float] = field(default_factory=list)
     prompts: int = 0
+
+    def add(self, reference: Case, exported: Case) -> None:
+        """Two models' views of one prompt and one answer."""
+        if len(reference.pixels):
+            self.add_features(reference.features, exported.features)
+        for expected, got in zip(reference.logits, exported.logits, strict=True):
+            self.add_logits(expected, got)
+        self.prompts += 1
 
     def add_logits(self, reference: Floats, exported: Floats) -> None:
         """Both [vocabulary]."""
@@ -87,17 +138,34 @@ class Differences:
         self.cosine.extend(cosines(reference, exported).ravel().tolist())
 
 
+def observe(
+    model: OnnxModel, ids: Sequence[int], pixels: Floats, *, tokens: int = 0, forced: Sequence[int] = ()
+) -> Case:
+    """Features of the tiles, and logits along `forced`, or else along the greedy answer of at most `tokens`."""
+    features = model.encode_tiles(pixels) if len(pixels) else NO_FEATURES
+    length = min(len(forced) or tokens, model.shapes.max_positions - len(ids))
+    cache = model.new_cache(len(ids) + length)
+    embeds, rows = model.embed(ids, features if len(pixels) else None), []
+    answer: list[int] = []
+    while len(answer) < length:
+        row = model.decode(embeds, cache)
+        rows.append(row)
+        answer.append(forced[len(answer)] if forced else int(row.argmax()))
+        if not forced and answer[-1] in model.shapes.stop_token_ids:
+            break
+        embeds = model.embed(answer[-1:])
+    return Case(list(ids), pixels, features, answer, np.stack(rows))
+
+
 def compare(case: Case, model: OnnxModel, found: Differences) -> None:
-    """Feed the prompt and then the reference's answer, token by token, and note how features and logits differ."""
-    features = model.encode_tiles(case.pixels) if len(case.pixels) else None
-    if features is not None:
-        found.add_features(case.features, features)
-    cache = model.new_cache(len(case.ids) + len(case.answer))
-    embeds = model.embed(case.ids, features)
-    for token, expected in zip(case.answer, case.logits, strict=True):
-        found.add_logits(expected, model.decode(embeds, cache))
-        embeds = model.embed([token])
-    found.prompts += 1
+    """Feed the prompt and then the case's answer, and note how features and logits differ."""
+    found.add(case, observe(model, case.ids, case.pixels, forced=case.answer))
+
+
+def surprise(case: Case) -> npt.NDArray[np.float64]:
+    """-log p of each token of the continuation, in nats."""
+    chosen: npt.NDArray[np.float64] = -log_softmax(case.logits)[np.arange(len(case.answer)), case.answer]
+    return chosen
 
 
 def summary(found: Differences, vocabulary: int, *, reference: str, inputs: str) -> dict[str, Any]:
@@ -155,3 +223,26 @@ def cosines(reference: Floats, exported: Floats) -> npt.NDArray[np.float64]:
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     found: npt.NDArray[np.float64] = (first * second).sum(-1) / np.maximum(norms, 1e-12)
     return found
+
+
+def published_reports(hub_id: str | None, folder: Path = REPORTS) -> list[dict[str, Any]]:
+    """What `nearfar verify` found on the published weights of one repository: recipe, commit, day and processor.
+
+    Only whole verifications count that passed against float32 files of a commit they name.
+    """
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    counted = [
+        report
+        for report in read
+        if report["passed"] and report["reference"] and not report["quick"] and report["source"]["revision"]
+    ]
+    return [
+        {
+            "recipe": report["recipe"],
+            "revision": report["source"]["revision"],
+            "made": report["made"],
+            "processor": report["machine"]["processor"],
+        }
+        for report in counted
+        if hub_id is not None and report["source"]["name"] == hub_id
+    ]

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -341,6 +342,56 @@ def adopt(
         print(f"{folder}: {manifest.name}@{manifest.recipe}, {manifest.cache} cache")
         for graph in manifest.graphs.values():
             print(f"  {graph.file}{': ' + graph.edit if graph.edit else ''}")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="model on this machine: target name or bundle folder")],
+    reference: Annotated[
+        str | None, typer.Option(help="fp32 bundle of the same weights  [default: the one here]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="about 20 seconds; does without a reference")] = False,
+    report: Annotated[Path | None, typer.Option(help="JSON file to keep: machine, versions, figures, hashes")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a model on this machine against fp32: ten pictures and a text, and the reference processor."""
+    from serving.pull import local_bundles, model_folder
+    from serving.tables import verdict_table
+    from serving.verify import find_reference, save_report, verify_bundle
+
+    settings = settings_from()
+    if report and (report.is_dir() or not report.parent.is_dir()):
+        fail(f"{report} is not a file that can be written", status=2)
+    try:
+        bundle = Bundle.read(model_folder(model, settings))
+        found = find_reference(bundle, local_bundles(settings))
+        base = model_folder(reference, settings) if reference else found.folder if found else None
+        if base is None and not quick:
+            name = bundle.manifest.name
+            fail(f"no fp32 model of the same weights is here: nearfar pull {name} --recipe fp32, or --reference FOLDER")
+        processor = None if quick else _reference_processor(bundle.folder)
+        verdict = verify_bundle(
+            bundle.folder, reference=base, quick=quick, processor=processor, console=Console(stderr=True)
+        )
+        result = verdict.report(datetime.now(UTC))
+        if report:
+            save_report(result, report)
+    except NearfarError as error:
+        fail(error.message)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+    else:
+        verdict_table(result, Console())
+    if verdict.reason:
+        fail(verdict.reason)
+
+
+def _reference_processor(folder: Path) -> Any:
+    try:
+        from export.verify import ReferenceProcessor
+    except ModuleNotFoundError:
+        return None
+    return ReferenceProcessor(folder)
 
 
 @app.command()

@@ -137,12 +137,14 @@ def _model_lines(row: dict[str, Any]) -> list[str]:
         f"{recipe} {size(each['file_bytes'])} ({size(each['memory_bytes'])})" for recipe, each in row["recipes"].items()
     ]
     there = [f"{each['recipe']} {each['revision'] or ''}".strip() for each in row["installed"]]
+    verified = [f"{each['recipe']} verified at {each['revision'][:12]}" for each in row["verified"] or ()]
     return [
         f"{row['parameters'] / 1e6:.0f} M parameters, {row['license']}, {row['source'] or 'embedded'}",
         f"files (memory), computed: {', '.join(sizes)}",
         f"on this machine: {', '.join(there) or 'no'}",
         *_claim_lines(row),
-        f"measured: {row['measured'] or 'nothing'}; {row['verification'] or 'verified in the tests'}",
+        f"measured: {row['measured'] or 'nothing'}",
+        row["verification"] or ", ".join(verified) or "verified in the tests",
         *([row["notice"]] if row["notice"] else []),
     ]
 
@@ -153,3 +155,20 @@ def _claim_lines(row: dict[str, Any]) -> list[str]:
         said = claim["measure"] if claim["figure"] is None else f"{claim['measure']} {claim['figure']:g}"
         by_source.setdefault(claim["source"], []).append(said)
     return [f"claimed: {', '.join(said)} ({source})" for source, said in by_source.items()]
+
+
+def verdict_table(report: dict[str, Any], console: Console) -> None:
+    """A verification's checks, and the answers side by side."""
+    checks, answers = Table(header_style="bold"), Table(header_style="bold", show_lines=True)
+    for heading in ("check", "passed", "found"):
+        checks.add_column(heading)
+    for each in report["checks"]:
+        checks.add_row(each["name"], {True: "yes", False: "no"}.get(each["passed"], "-"), plain_text(each["text"]))
+    for heading in ("picture", "question", report["target"], "fp32"):
+        answers.add_column(heading, overflow="fold")
+    for each in report["answers"]:
+        answers.add_row(
+            each["picture"], each["question"], plain_text(each["text"]), plain_text(each["reference"] or "-")
+        )
+    console.print(answers, checks)
+    console.print(f"{report['target']}: {'passed' if report['passed'] else 'failed'} in {report['seconds']} s")

@@ -16,6 +16,7 @@ from models.errors import NearfarError
 from models.events import Finished, ImageReport
 from models.images import Detail
 from models.memory import LEAST_CONTEXT, need_of_row, total_bytes
+from models.quality import published_reports
 from models.request import AnswerRequest, GenerationSettings, Policy, Task, question
 from serving.api.body import Fields, parse_json
 from serving.api.errors import error_object, invalid_value
@@ -166,6 +167,7 @@ def catalog_objects(installed: Iterable[Bundle]) -> list[dict[str, Any]]:
 
 def _row_object(row: Row, installed: list[dict[str, Any]]) -> dict[str, Any]:
     published = PUBLISHED if row.published_onnx else {}
+    reports = published_reports(row.hub_id)
     return {
         "name": row.name,
         "source": row.hub_id,
@@ -185,8 +187,8 @@ def _row_object(row: Row, installed: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "claims": [claim._asdict() for claim in row.claims],
         "measured": row.measured,
-        "verified": None,
-        "verification": NOT_VERIFIED if row.hub_id else None,
+        "verified": reports or None,
+        "verification": NOT_VERIFIED if row.hub_id and not reports else None,
         "installed": installed,
         "notice": row.notice,
     }

@@ -7,14 +7,14 @@ import io
 from PIL import Image
 
 from models.images import decode_image
-from models.specimens import FOLDER, SPECIMENS, text
+from models.quality import SPECIMENS, SPECIMENS_FOLDER, prose
 
 MAX_BYTES = 80_000
 
 
 def test_there_are_ten_small_pictures_and_each_has_its_source_told() -> None:
-    told = (FOLDER / "README.md").read_text(encoding="utf-8")
-    files = {path.name for path in FOLDER.iterdir() if path.suffix in (".jpg", ".png")}
+    told = (SPECIMENS_FOLDER / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in SPECIMENS_FOLDER.iterdir() if path.suffix in (".jpg", ".png")}
     assert len(SPECIMENS) == 10
     assert files == {specimen.file for specimen in SPECIMENS}
     for specimen in SPECIMENS:
@@ -33,5 +33,5 @@ def test_the_pictures_differ_in_mode_and_shape() -> None:
 
 
 def test_the_text_is_one_line_of_prose() -> None:
-    assert "\n" not in text()
-    assert 180 < len(text().split()) < 220
+    assert "\n" not in prose()
+    assert 180 < len(prose().split()) < 220

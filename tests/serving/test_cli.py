@@ -43,7 +43,19 @@ def assert_fails(run: subprocess.CompletedProcess[str], status: int, *words: str
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("serve",), ("infer",), ("compare",), ("export",), ("adopt",), ("pull",), ("models",), ("demo",), ("bench",)],
+    [
+        (),
+        ("serve",),
+        ("infer",),
+        ("compare",),
+        ("export",),
+        ("adopt",),
+        ("pull",),
+        ("models",),
+        ("demo",),
+        ("bench",),
+        ("verify",),
+    ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     run = nearfar(*command, "--help")

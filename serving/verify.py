@@ -1,0 +1,359 @@
+"""`nearfar verify`: a model checked where it will run, against the float32 graphs of the same weights.
+
+The two are loaded one after the other, never together. The quick form, for which `pull` asks, fits into a stated time
+and does without a reference where there is none: what then can be told is whether the graphs give numbers and the text
+is more than noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from models.bundle import MANIFEST, Bundle, sha256_of
+from models.errors import BadRequest, Unavailable
+from models.images import decode_image
+from models.loaded_model import LoadedModel
+from models.quality import (
+    NO_PIXELS,
+    RANDOM_ENTROPY_SHARE,
+    SPECIMENS,
+    Case,
+    Differences,
+    Floats,
+    QualityGateFailed,
+    Specimen,
+    check,
+    gate_of,
+    log_softmax,
+    observe,
+    prose,
+    summary,
+    surprise,
+)
+from models.request import question
+from serving.bench import machine
+from serving.engine.prepare import prepare
+
+QUICK_S = 20.0  # for all of a quick check, on whatever machine
+REFERENCE_SHARE = 0.55  # of that time: float32 is the slower of the two
+ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 24, 12
+TEXT_START, TEXT_STEP, TEXT_END = 32, 16, 224  # tokens of the text: the first prompt, each continuation, the last
+# A tokenizer that takes more tokens than this has not been made for prose, and its model is not asked to continue any.
+PROSE_CHARACTERS_PER_TOKEN = 2.5
+SAME_TOKEN_SHARE, SAME_TOKEN_FROM = 0.8, 24
+PIXEL_TOLERANCE = 1 / 255
+# The reference implementation's way from an RGB picture and a question to ids and tiles [tile, 3, height, width].
+Processor = Callable[[Image.Image, str], tuple[list[int], Floats]]
+PACKAGES = ("nearfar", "onnxruntime", "numpy", "pillow", "tokenizers")
+
+
+class Check(NamedTuple):
+    """One thing looked at. `passed` None: it could not be told, and `text` says why."""
+
+    name: str
+    passed: bool | None
+    text: str
+
+
+class Answer(NamedTuple):
+    """What the model says to one picture, and what the reference says."""
+
+    picture: str
+    question: str
+    text: str
+    reference: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a verification found. A figure that would mean nothing is None."""
+
+    bundle: Bundle
+    reference: Bundle | None  # the float32 graphs of the same weights
+    quick: bool
+    checks: tuple[Check, ...]
+    answers: tuple[Answer, ...]
+    figures: dict[str, Any]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(each.passed is not False for each in self.checks)
+
+    @property
+    def reason(self) -> str | None:
+        """One line on the first check that failed."""
+        failed = next((each for each in self.checks if each.passed is False), None)
+        return f"{self.bundle.target}: {failed.name}: {failed.text}" if failed else None
+
+    def report(self, made: datetime) -> dict[str, Any]:
+        """All of it as JSON, to be kept or sent: models/reports/README.md says where to."""
+        manifest, other = self.bundle.manifest, self.reference
+        return {
+            "format": 1,
+            "made": made.isoformat(timespec="seconds"),
+            "target": self.bundle.target,
+            "model": manifest.name,
+            "recipe": manifest.recipe,
+            "source": manifest.source.model_dump(),
+            "passed": self.passed,
+            "quick": self.quick,
+            "seconds": round(self.seconds, 1),
+            "checks": [each._asdict() for each in self.checks],
+            "figures": self.figures,
+            "answers": [each._asdict() for each in self.answers],
+            "reference": other and {"target": other.target, "sha256": sha256_of(other.folder / MANIFEST)},
+            "manifest_sha256": sha256_of(self.bundle.folder / MANIFEST),
+            "files": {name: entry.sha256 for name, entry in manifest.files.items()},
+            "machine": machine(),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+class _Task(NamedTuple):
+    """A picture with its question, or a stretch of the text, as ids and tiles."""
+
+    specimen: Specimen | None
+    ids: list[int]
+    pixels: Floats  # [tile, 3, height, width], no tile for text
+    forced: list[int]  # the text's own continuation; empty for a picture
+
+
+class _Seen(NamedTuple):
+    """What the model under test made of a task, and what the reference did."""
+
+    task: _Task
+    case: Case
+    expected: Case | None
+
+
+def quick_check(folder: Path, reference: Path | None = None, *, console: Console | None = None) -> Verdict:
+    """What can be told of a bundle in about 20 seconds. Raises BundleError where it does not load."""
+    return verify_bundle(folder, reference=reference, quick=True, console=console)
+
+
+def verify_bundle(
+    folder: Path,
+    *,
+    reference: Path | None = None,
+    quick: bool = False,
+    console: Console | None = None,
+    processor: Processor | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Verdict:
+    """Put the specimens to the reference, then to the model, and judge by the recipe's gate.
+
+    Raises BadRequest where the reference is not fp32 or not of the same weights, BundleError where one does not load.
+    """
+    begun = clock()
+    tokens = QUICK_ANSWER_TOKENS if quick else ANSWER_TOKENS
+    compared = _reference_of(Bundle.read(folder), reference) if reference else None
+    expected: list[Case] = []
+    with Progress(console=console or Console(quiet=True), transient=True) as progress:
+
+        def within(tasks: list[_Task], seconds: float, target: str) -> Iterator[_Task]:
+            chosen = _within(tasks, begun + seconds if quick else math.inf, clock)
+            return iter(progress.track(chosen, total=len(tasks), description=target))
+
+        if compared:
+            model = LoadedModel.load(compared.folder)
+            for task in within(_tasks(model, quick), QUICK_S * REFERENCE_SHARE, compared.target):
+                expected.append(observe(model.onnx, task.ids, task.pixels, tokens=tokens, forced=task.forced))
+        model = LoadedModel.load(folder)  # the reference is gone by now
+        tasks = _tasks(model, quick)[: len(expected) or None]
+        markers = _markers(model, tasks, expected)
+        seen = []
+        for number, task in enumerate(within(tasks if markers.passed else [], QUICK_S, model.bundle.target)):
+            wanted = expected[number] if expected else None
+            forced = wanted.answer if wanted else task.forced
+            case = observe(model.onnx, task.ids, task.pixels, tokens=tokens, forced=forced)
+            seen.append(_Seen(task, case, wanted))
+        figures: dict[str, Any] = {}
+        return Verdict(
+            bundle=model.bundle,
+            reference=compared,
+            quick=quick,
+            checks=(markers, *(_judge(model, seen, processor, figures) if seen else ())),
+            answers=tuple(_answer(model, each) for each in seen if each.task.specimen),
+            figures=figures,
+            seconds=clock() - begun,
+        )
+
+
+def save_report(report: dict[str, Any], path: Path) -> None:
+    """Write it beside and rename. Raises Unavailable where it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
+
+
+def find_reference(tested: Bundle, bundles: Iterable[Bundle]) -> Bundle | None:
+    """The first of the bundles that holds the same weights in fp32."""
+    return next((each for each in bundles if each.manifest.recipe == "fp32" and _same_weights(tested, each)), None)
+
+
+def _same_weights(one: Bundle, other: Bundle) -> bool:
+    """One checkpoint by its hash, or one repository at one commit: published files differ from recipe to recipe."""
+    first, second = one.manifest.source, other.manifest.source
+    same_commit = first.revision is not None and (first.name, first.revision) == (second.name, second.revision)
+    return one.manifest.shapes == other.manifest.shapes and (first.sha256 == second.sha256 or same_commit)
+
+
+def _reference_of(tested: Bundle, folder: Path) -> Bundle:
+    reference = Bundle.read(folder)
+    if reference.manifest.recipe != "fp32":
+        raise BadRequest(f"the reference {reference.target} is not fp32", param="reference")
+    if not _same_weights(tested, reference):
+        raise BadRequest(
+            f"{reference.target} and {tested.target} were not made of the same weights: source and revision differ",
+            param="reference",
+        )
+    return reference
+
+
+def _within(tasks: Sequence[_Task], deadline: float, clock: Callable[[], float]) -> Iterator[_Task]:
+    """Tasks while there is time for one as long as the longest so far; the first in any case."""
+    longest = 0.0
+    for task in tasks:
+        started = clock()
+        if longest and started + longest > deadline:
+            return
+        yield task
+        longest = max(longest, clock() - started)
+
+
+def _tasks(model: LoadedModel, quick: bool) -> list[_Task]:
+    """Pictures and stretches of text in turn. In a quick check every picture is one tile."""
+    pictures = []
+    for specimen in SPECIMENS:
+        asked = question(specimen.question, (specimen.read(),), detail="low" if quick else specimen.detail)
+        prompt = prepare(model, asked, time.perf_counter)
+        pictures.append(_Task(specimen, prompt.ids, np.concatenate([tiled.pixels for tiled in prompt.tiles]), []))
+    ids = model.tokenizer.encode_literal(prose())
+    last = min(TEXT_END, model.onnx.shapes.max_positions - TEXT_STEP)
+    if len(ids) * PROSE_CHARACTERS_PER_TOKEN > len(prose()):
+        last = 0
+    stretches = [
+        _Task(None, ids[:at], NO_PIXELS, ids[at : at + TEXT_STEP]) for at in range(TEXT_START, last, TEXT_STEP)
+    ]
+    turns = range(max(len(pictures), len(stretches)))
+    return [task for turn in turns for row in (pictures, stretches) for task in row[turn : turn + 1]]
+
+
+def _answer(model: LoadedModel, seen: _Seen) -> Answer:
+    def words(tokens: Sequence[int]) -> str:
+        return model.tokenizer.decode([id for id in tokens if id not in model.onnx.shapes.stop_token_ids]).strip()
+
+    (specimen, *_), case, expected = seen
+    assert specimen
+    said = case.answer
+    if expected and (case.logits.argmax(-1) != case.answer).any():  # left to itself it says something else
+        said = model.onnx.greedy(case.ids, case.features, len(case.answer))
+    return Answer(specimen.file, specimen.question, words(said), words(expected.answer) if expected else None)
+
+
+def _judge(
+    model: LoadedModel, seen: Sequence[_Seen], processor: Processor | None, figures: dict[str, Any]
+) -> Iterator[Check]:
+    """Check after check; fills in the figures. Of graphs that give no numbers nothing more is asked."""
+    arrays = [array for each in seen for array in (each.case.logits, each.case.features)]
+    if not all(np.isfinite(array).all() for array in arrays):
+        yield Check("numbers", False, "features or logits are infinite or no numbers")
+        return
+    yield Check("numbers", True, "every feature and logit is finite")
+    yield from _sense(model, seen, figures)
+    if seen[0].expected:
+        yield _distance(model, seen, figures)
+    if processor:
+        yield _same_as(processor, model)
+
+
+def _markers(model: LoadedModel, tasks: Sequence[_Task], expected: Sequence[Case]) -> Check:
+    """Do tokenizer, template and graphs mean the same image token, as many as the tiles have features?"""
+    shapes, name = model.onnx.shapes, "image tokens"
+    if model.tokenizer.marker("<image>") != shapes.image_token_id:
+        return Check(name, False, f"<image> is not token {shapes.image_token_id} of the tokenizer")
+    for task in tasks:
+        wanted = len(task.pixels) * shapes.image_tokens_per_tile
+        found = task.ids.count(shapes.image_token_id)
+        if found != wanted:
+            return Check(name, False, f"the prompt has {found}, its tiles {wanted}")
+    if any(task.ids != case.ids for task, case in zip(tasks, expected, strict=False)):
+        return Check(name, False, "the same prompt has other token ids than with the reference")
+    return Check(name, True, "tokenizer, template and tiles agree")
+
+
+def _sense(model: LoadedModel, seen: Sequence[_Seen], figures: dict[str, Any]) -> Iterator[Check]:
+    """Is the text more than noise? Random weights spread evenly, broken ones repeat one token or guess prose badly."""
+    most = math.log(model.onnx.shapes.vocab_size)
+    rows = [row for each in seen for row in log_softmax(each.case.logits)]
+    share = float(np.mean([-(np.exp(row) * row).sum() for row in rows])) / most
+    untrained = model.bundle.manifest.quality.get("kl_meaningful") is False
+    told = f"mean entropy is {share:.2f} of the largest possible, below {RANDOM_ENTROPY_SHARE} is asked for"
+    if untrained:
+        yield Check("sense", None, f"the weights are random, as the export found: {told}")
+        return
+    yield Check("not random", share < RANDOM_ENTROPY_SHARE, told)
+    said = [token for each in seen if each.task.specimen for token in each.case.logits.argmax(-1).tolist()]
+    commonest = figures["commonest_token_share"] = Counter(said).most_common(1)[0][1] / len(said)
+    told = f"the commonest of {len(said)} tokens is {commonest:.2f} of them, at most {SAME_TOKEN_SHARE} is asked for"
+    yield Check("not one word", commonest <= SAME_TOKEN_SHARE if len(said) >= SAME_TOKEN_FROM else None, told)
+    stretches = [each.case for each in seen if not each.task.specimen]
+    if stretches:
+        nats = np.concatenate([surprise(case) for case in stretches])
+        perplexity = figures["text_perplexity"] = math.exp(nats.mean())
+        told = f"perplexity {perplexity:.1f} over {len(nats)} tokens of English"
+        yield Check("text", nats.mean() < RANDOM_ENTROPY_SHARE * most, told)
+
+
+def _distance(model: LoadedModel, seen: Sequence[_Seen], figures: dict[str, Any]) -> Check:
+    """Vision, answers and text against the float32 graphs, by the recipe's gate."""
+    pictures, text, vocabulary = Differences(), Differences(), model.onnx.shapes.vocab_size
+    for task, case, expected in seen:
+        assert expected
+        (pictures if task.specimen else text).add(expected, case)
+    quality = summary(pictures, vocabulary, reference="fp32", inputs="bundled pictures, greedy answers")
+    if text.prompts:
+        quality["text"] = summary(text, vocabulary, reference="fp32", inputs="bundled text, as it goes on")
+    figures |= quality
+    try:
+        check(quality, gate_of(model.bundle.manifest.recipe))
+    except QualityGateFailed as error:
+        return Check("against fp32", False, error.message)
+    kl = [each["mean_kl"] for each in (quality, quality.get("text", quality))]
+    told = "not meaningful" if None in kl else f"{max(kl):.4f}"
+    cosine, top = quality["vision_cosine_mean"], quality["top1_agreement"]
+    return Check("against fp32", True, f"mean KL {told}, top-1 {top:.3f}, vision cosine {cosine:.5f}")
+
+
+def _same_as(processor: Processor, model: LoadedModel) -> Check:
+    """Tiles and token ids at full detail, against the reference implementation."""
+    furthest = 0.0
+    for specimen in SPECIMENS:
+        data = specimen.read()
+        ids, pixels = processor(decode_image(data).image, specimen.question)
+        prompt = prepare(model, question(specimen.question, (data,), detail="high"), time.perf_counter)
+        mine = np.concatenate([tiled.pixels for tiled in prompt.tiles])
+        if prompt.ids != ids or mine.shape != pixels.shape:
+            return Check("reference processor", False, f"{specimen.file}: other tiles or token ids")
+        furthest = max(furthest, float(np.abs(mine - pixels).max()))
+    told = f"token ids equal, pixels differ by at most {furthest:.2g} (at most {PIXEL_TOLERANCE:.2g})"
+    return Check("reference processor", furthest <= PIXEL_TOLERANCE, told)
