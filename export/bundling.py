@@ -31,6 +31,7 @@ from export.vision import halve_vision, quantize_vision, write_vision
 from models.bundle import (
     MANIFEST,
     NAME,
+    Bundle,
     ExportFigures,
     FileEntry,
     Manifest,
@@ -39,7 +40,9 @@ from models.bundle import (
 )
 from models.errors import BadRequest, NearfarError
 from models.images import tile_image
+from models.onnx_model import OnnxModel
 from models.prompt import read_template
+from models.replay import FILE, write_replay
 from models.tiny_scenes.scenes import draw_scene
 
 COPIED = (
@@ -100,12 +103,16 @@ def export_bundle(
             made_with={package: version(package) for package in MADE_WITH},
             notice=notice,
         )
-        measured = DecoderWriter(checkpoint, plan, folder, draft, show_progress).write()
+        writer = DecoderWriter(checkpoint, plan, folder, draft, show_progress)
+        measured = writer.write()
+        write_replay(writer.cases[0], OnnxModel(Bundle(folder, measured)), folder)
         _write_config(checkpoint, folder)
         taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=_peak_bytes())
         vision = measured.graphs["vision_encoder"].model_copy(update={"weights": vision_in_words})
         graphs = measured.graphs | {"vision_encoder": vision}
-        manifest = measured.model_copy(update={"graphs": graphs, "files": _hashes(folder), "export": taken})
+        manifest = measured.model_copy(
+            update={"graphs": graphs, "files": _hashes(folder), "replay": FILE, "export": taken}
+        )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _move_into_place(folder, out)
     return manifest

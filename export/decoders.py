@@ -62,9 +62,9 @@ class DecoderWriter:
     def __init__(self, checkpoint: Checkpoint, plan: RecipePlan, folder: Path, draft: Manifest, progress: bool) -> None:
         self._checkpoint, self._plan, self._folder, self._draft = checkpoint, plan, folder, draft
         self._progress = progress
-        self._cases = draw_cases(checkpoint, draft.processing, show_progress=progress)
+        self.cases = draw_cases(checkpoint, draft.processing, show_progress=progress)
         self._texts = text_cases(checkpoint)
-        self._trained = not _random([*self._cases, *self._texts])
+        self._trained = not _random([*self.cases, *self._texts])
         self._calibrated: dict[int, Mapping[str, Rounded]] = {}
 
     def write(self) -> Manifest:
@@ -126,7 +126,7 @@ class DecoderWriter:
     def _measured(self, decoder: DecoderPlan) -> tuple[Manifest, OnnxModel]:
         measured = self._draft.model_copy(update={"graphs": self._write(decoder)})
         model = OnnxModel(Bundle(self._folder, measured))
-        quality = verify(self._cases, self._texts, model, show_progress=self._progress)
+        quality = verify(self.cases, self._texts, model, show_progress=self._progress)
         quality["weights"] = "the checkpoint's own"
         quality["processor"] = " ".join([processor().name, *processor().instruction_sets])
         if not self._trained and self._plan.proxy_mean_kl is not None:

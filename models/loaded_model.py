@@ -10,6 +10,7 @@ from models.machine import Remembered
 from models.onnx_model import ExecutionProvider, OnnxModel
 from models.openvino_vision import VisionBackend, use_fastest
 from models.prompt import PromptRenderer
+from models.replay import check_replay
 from models.tokenizer import TextTokenizer
 
 
@@ -37,7 +38,9 @@ class LoadedModel:
         tokenizer = TextTokenizer(folder / "tokenizer.json")
         renderer = PromptRenderer.from_folder(folder, tokenizer, bundle.manifest.shapes.image_tokens_per_tile)
         onnx = OnnxModel(bundle, threads=threads, provider=provider, context=context)
-        use_fastest(onnx, vision, remembered or Remembered(None), threads=threads)
+        remembered = remembered or Remembered(None)
+        use_fastest(onnx, vision, remembered, threads=threads)
+        check_replay(onnx, remembered)
         return cls(onnx=onnx, tokenizer=tokenizer, renderer=renderer)
 
     @property

@@ -27,6 +27,7 @@ _TYPES: dict[str, npt.DTypeLike] = {
     "tensor(bool)": np.bool_,
 }
 ExecutionProvider = Literal["auto", "cpu", "cuda"]
+RUNTIME = f"onnxruntime {ort.__version__}"
 CACHE_STEP = 64  # positions; a cache's length is rounded up to it
 # One step of the engine: what it holds in memory is bounded by these, and so is the wait for a cancellation.
 POSITIONS_PER_STEP = 512
@@ -197,7 +198,11 @@ class OnnxModel:
         array = np.asarray(ids, dtype=np.int64)[np.newaxis]
         embeds = self._embed.run("inputs_embeds", {"input_ids": array})
         if features is not None:
-            embeds[array == self.shapes.image_token_id] = features.reshape(-1, features.shape[-1])
+            places = array == self.shapes.image_token_id
+            if places.sum() != features.shape[0] * features.shape[1]:
+                found = f"{places.sum()} image tokens in the prompt, {features.shape[1]} a tile from the vision graph"
+                raise BundleError(f"{self.bundle.folder}: {found}: the manifest does not fit its graphs")
+            embeds[places] = features.reshape(-1, features.shape[-1])
         return embeds
 
     def decode(self, embeds: Floats, cache: KvCache) -> Floats:

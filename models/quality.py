@@ -40,18 +40,7 @@ class Specimen(NamedTuple):
 
 
 # In the order in which a check that has little time takes them: unlike ones first.
-SPECIMENS = (
-    Specimen("cat.jpg", "What animal is this?"),
-    Specimen("chart.png", "Which month has the highest bar, and what is its value?"),
-    Specimen("letter.jpg", "Who wrote this letter, and what does the repair cost?"),
-    Specimen("sign.png", "What number is on the sign?"),
-    Specimen("photographer.jpg", "What is the man doing?"),
-    Specimen("receipt.png", "What is the total on this receipt?", "high"),
-    Specimen("coffee.jpg", "Describe this picture."),
-    Specimen("rocket.jpg", "Is it day or night in this picture?"),
-    Specimen("writing.png", "What kind of writing is this?"),
-    Specimen("galaxies.jpg", "What does this picture show?"),
-)
+SPECIMENS = tuple(Specimen(**row) for row in json.loads((SPECIMENS_FOLDER / "questions.json").read_text()))
 
 
 def prose() -> str:
@@ -85,6 +74,15 @@ GATES: Mapping[str, Gate] = MappingProxyType(
         "int4": Gate(max_mean_kl=0.20, min_vision_cosine=0.999),
     }
 )
+
+
+# From the one that loses most to the one that loses nothing.
+BY_SAFETY = ("q4", "int4", "q4f16", "auto", "int8-fast", "quantized", "int8", "fp16", "fp32")
+
+
+def safer_recipes(recipe: str) -> tuple[str, ...]:
+    """What to take instead where a recipe fails, the nearest first."""
+    return BY_SAFETY[BY_SAFETY.index(recipe) + 1 :] if recipe in BY_SAFETY else ("int8", "fp16", "fp32")
 
 
 def gate_of(recipe: str) -> Gate:
@@ -226,23 +224,11 @@ def cosines(reference: Floats, exported: Floats) -> npt.NDArray[np.float64]:
 
 
 def published_reports(hub_id: str | None, folder: Path = REPORTS) -> list[dict[str, Any]]:
-    """What `nearfar verify` found on the published weights of one repository: recipe, commit, day and processor.
-
-    Only whole verifications count that passed against float32 files of a commit they name.
-    """
-    read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    counted = [
-        report
-        for report in read
-        if report["passed"] and report["reference"] and not report["quick"] and report["source"]["revision"]
-    ]
+    """What `nearfar verify` found on a repository's weights: whole verifications of a commit, against fp32, passed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return [
-        {
-            "recipe": report["recipe"],
-            "revision": report["source"]["revision"],
-            "made": report["made"],
-            "processor": report["machine"]["processor"],
-        }
-        for report in counted
-        if hub_id is not None and report["source"]["name"] == hub_id
-    ]
+        {"recipe": each["recipe"], "revision": each["source"]["revision"], "made": each["made"]}
+        for each in found
+        if each["source"]["name"] == hub_id and each["source"]["revision"]
+        and each["passed"] and each["reference"] and not each["quick"]
+    ]  # fmt: skip

@@ -26,6 +26,8 @@ from models.errors import BadRequest, Forbidden, NearfarError, Overloaded, Unava
 from models.loaded_model import LoadedModel
 from models.machine import Remembered, available_memory_bytes
 from models.memory import GB, Fit, default_budget, fit, need_of
+from models.quality import safer_recipes
+from models.replay import ReplayFailed
 from models.request import AnswerRequest, GenerationSettings, question
 from serving.api import chat_completions, compare, infer, system
 from serving.api.errors import add_error_handlers
@@ -38,6 +40,7 @@ from serving.pull import (
     aliases,
     default_models,
     fetch,
+    local_bundles,
     model_folder,
     plan_pull,
     wanted,
@@ -83,9 +86,7 @@ class Services:
     async def load(self) -> None:
         """Load every model and build the targets. A failure is kept as the reason why the service is not ready."""
         try:
-            folders = model_folders(self.settings)
-            room = self._room([Bundle.read(folder) for folder in folders])
-            self._models = [await asyncio.to_thread(self._load_model, folder, room.context) for folder in folders]
+            room = await self._load_models(model_folders(self.settings))
             engine = LocalEngine(max_waiting=self.settings.max_waiting, max_running=room.slots)
             self._engine = engine
             local = [_local_target(model, engine) for model in self._models]
@@ -125,6 +126,22 @@ class Services:
             "memory: at most %.1f of %.1f GB, for %d sequences of %d positions",
             room.bytes / GB, self._budget / GB, room.slots, room.context,
         )  # fmt: skip
+        return room
+
+    async def _load_models(self, folders: Sequence[Path]) -> Fit:
+        """Into memory; where one computes wrongly on this processor, a safer recipe of it that is here in its place."""
+        room = self._room([Bundle.read(folder) for folder in folders])
+        try:
+            self._models = [await asyncio.to_thread(self._load_model, folder, room.context) for folder in folders]
+        except ReplayFailed as error:
+            bundles = [bundle for bundle in local_bundles(self.settings) if bundle.manifest.name == error.manifest.name]
+            here = {bundle.manifest.recipe: bundle for bundle in bundles}
+            other = next((here[recipe] for recipe in safer_recipes(error.manifest.recipe) if recipe in here), None)
+            if other is None:
+                raise
+            log.warning("%s; %s is taken instead", error.message, other.target)
+            others = [other.folder if folder == error.folder else folder for folder in folders]
+            return await self._load_models(list(dict.fromkeys(others)))
         return room
 
     def _load_model(self, folder: Path, context: int) -> LoadedModel:

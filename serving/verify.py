@@ -27,6 +27,7 @@ from models.bundle import MANIFEST, Bundle, sha256_of
 from models.errors import BadRequest, Unavailable
 from models.images import decode_image
 from models.loaded_model import LoadedModel
+from models.onnx_model import RUNTIME
 from models.quality import (
     NO_PIXELS,
     RANDOM_ENTROPY_SHARE,
@@ -58,7 +59,7 @@ SAME_TOKEN_SHARE, SAME_TOKEN_FROM = 0.8, 24
 PIXEL_TOLERANCE = 1 / 255
 # The reference implementation's way from an RGB picture and a question to ids and tiles [tile, 3, height, width].
 Processor = Callable[[Image.Image, str], tuple[list[int], Floats]]
-PACKAGES = ("nearfar", "onnxruntime", "numpy", "pillow", "tokenizers")
+PACKAGES = ("nearfar", "numpy", "pillow", "tokenizers")
 
 
 class Check(NamedTuple):
@@ -104,15 +105,9 @@ class Verdict:
         """All of it as JSON, to be kept or sent: models/reports/README.md says where to."""
         manifest, other = self.bundle.manifest, self.reference
         return {
-            "format": 1,
-            "made": made.isoformat(timespec="seconds"),
-            "target": self.bundle.target,
-            "model": manifest.name,
-            "recipe": manifest.recipe,
-            "source": manifest.source.model_dump(),
-            "passed": self.passed,
-            "quick": self.quick,
-            "seconds": round(self.seconds, 1),
+            "format": 1, "made": made.isoformat(timespec="seconds"), "seconds": round(self.seconds, 1),
+            "target": self.bundle.target, "model": manifest.name, "recipe": manifest.recipe,
+            "source": manifest.source.model_dump(), "passed": self.passed, "quick": self.quick,
             "checks": [each._asdict() for each in self.checks],
             "figures": self.figures,
             "answers": [each._asdict() for each in self.answers],
@@ -120,8 +115,8 @@ class Verdict:
             "manifest_sha256": sha256_of(self.bundle.folder / MANIFEST),
             "files": {name: entry.sha256 for name, entry in manifest.files.items()},
             "machine": machine(),
-            "versions": {package: version(package) for package in PACKAGES},
-        }
+            "versions": {"runtime": RUNTIME, **{package: version(package) for package in PACKAGES}},
+        }  # fmt: skip
 
 
 class _Task(NamedTuple):
@@ -141,11 +136,6 @@ class _Seen(NamedTuple):
     expected: Case | None
 
 
-def quick_check(folder: Path, reference: Path | None = None, *, console: Console | None = None) -> Verdict:
-    """What can be told of a bundle in about 20 seconds. Raises BundleError where it does not load."""
-    return verify_bundle(folder, reference=reference, quick=True, console=console)
-
-
 def verify_bundle(
     folder: Path,
     *,
@@ -161,7 +151,9 @@ def verify_bundle(
     """
     begun = clock()
     tokens = QUICK_ANSWER_TOKENS if quick else ANSWER_TOKENS
-    compared = _reference_of(Bundle.read(folder), reference) if reference else None
+    compared = Bundle.read(reference) if reference else None
+    if compared and not (compared.manifest.recipe == "fp32" and _same_weights(Bundle.read(folder), compared)):
+        raise BadRequest(f"{compared.target} is not fp32 of the same weights: source, revision or recipe differ")
     expected: list[Case] = []
     with Progress(console=console or Console(quiet=True), transient=True) as progress:
 
@@ -217,18 +209,6 @@ def _same_weights(one: Bundle, other: Bundle) -> bool:
     return one.manifest.shapes == other.manifest.shapes and (first.sha256 == second.sha256 or same_commit)
 
 
-def _reference_of(tested: Bundle, folder: Path) -> Bundle:
-    reference = Bundle.read(folder)
-    if reference.manifest.recipe != "fp32":
-        raise BadRequest(f"the reference {reference.target} is not fp32", param="reference")
-    if not _same_weights(tested, reference):
-        raise BadRequest(
-            f"{reference.target} and {tested.target} were not made of the same weights: source and revision differ",
-            param="reference",
-        )
-    return reference
-
-
 def _within(tasks: Sequence[_Task], deadline: float, clock: Callable[[], float]) -> Iterator[_Task]:
     """Tasks while there is time for one as long as the longest so far; the first in any case."""
     longest = 0.0
@@ -274,6 +254,9 @@ def _judge(
     model: LoadedModel, seen: Sequence[_Seen], processor: Processor | None, figures: dict[str, Any]
 ) -> Iterator[Check]:
     """Check after check; fills in the figures. Of graphs that give no numbers nothing more is asked."""
+    stored = model.bundle.manifest.replay is not None  # loading has played it
+    told = "passed while the model was loaded" if stored else "published files hold no stored answer to compare with"
+    yield Check("replay", stored or None, told)
     arrays = [array for each in seen for array in (each.case.logits, each.case.features)]
     if not all(np.isfinite(array).all() for array in arrays):
         yield Check("numbers", False, "features or logits are infinite or no numbers")

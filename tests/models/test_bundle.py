@@ -86,7 +86,7 @@ def test_a_missing_graph_an_unknown_field_and_an_unhashed_replay_are_named(bundl
     for change, reason in (
         (lambda manifest: manifest["graphs"].pop("embed_tokens"), "embed_tokens is missing"),
         (lambda manifest: manifest["processing"].update(tile=1), r"processing\.tile"),
-        (lambda manifest: manifest.update(replay="replay.npz"), r"replay\.npz has no hash"),
+        (lambda manifest: manifest.update(replay="other.npz"), r"other\.npz has no hash"),
     ):
         (bundle / "manifest.json").write_text(whole)
         edit_manifest(bundle, change)

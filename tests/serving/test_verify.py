@@ -15,9 +15,11 @@ import pytest
 from models.bundle import MANIFEST, Bundle, sha256_of
 from models.errors import BadRequest
 from models.onnx_model import OnnxModel
-from models.quality import GATES, SPECIMENS, published_reports
+from models.quality import GATES, SPECIMENS, published_reports, safer_recipes
+from models.replay import FILE
 from models.tiny_scenes import BUNDLES
-from serving.verify import QUICK_S, find_reference, quick_check, verify_bundle
+from serving.verify import QUICK_S, find_reference, verify_bundle
+from tests.serving.conftest import running, wait_for
 from tests.serving.test_cli import nearfar
 
 INT8, FP32 = BUNDLES["tiny-scenes@int8"], BUNDLES["tiny-scenes@fp32"]
@@ -62,7 +64,7 @@ def test_a_quick_check_takes_as_many_pictures_as_fit_into_its_time() -> None:
     verdict = verify_bundle(INT8, quick=True, clock=lambda: float(next(seconds)))
     assert 0 < len(verdict.answers) < len(SPECIMENS)
     assert verdict.seconds <= QUICK_S + 4
-    whole = quick_check(INT8)
+    whole = verify_bundle(INT8, quick=True)
     assert len(whole.answers) == len(SPECIMENS)
     assert whole.passed
 
@@ -82,7 +84,7 @@ def test_a_lossy_bundle_that_calls_itself_fp32_fails_the_gate(changed: Callable[
 
 def test_a_wrong_image_token_is_found(changed: Callable[..., Path]) -> None:
     shapes = Bundle.read(INT8).manifest.shapes.model_dump() | {"image_token_id": 549}
-    verdict = quick_check(changed(shapes=shapes))
+    verdict = verify_bundle(changed(shapes=shapes, replay=None), quick=True)
     assert "<image> is not token 549 of the tokenizer" in str(verdict.reason)
 
 
@@ -105,11 +107,11 @@ class _Broken(OnnxModel):
     ids=["nan", "flat", "one word"],
 )
 def test_degenerate_logits_fail_without_a_reference(
-    damage: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[..., Any], reason: str, changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_Broken, "damage", staticmethod(damage), raising=False)
     monkeypatch.setattr("models.loaded_model.OnnxModel", _Broken)
-    verdict = quick_check(INT8)
+    verdict = verify_bundle(changed(replay=None), quick=True)
     assert reason in str(verdict.reason)
 
 
@@ -118,15 +120,15 @@ def test_random_weights_that_the_export_found_out_are_not_held_against_a_bundle(
 ) -> None:
     monkeypatch.setattr(_Broken, "damage", staticmethod(lambda logits: logits * np.float32(1e-4)), raising=False)
     monkeypatch.setattr("models.loaded_model.OnnxModel", _Broken)
-    assert quick_check(changed(quality={"kl_meaningful": False})).passed
+    assert verify_bundle(changed(quality={"kl_meaningful": False}, replay=None), quick=True).passed
 
 
 def test_a_reference_of_other_weights_or_another_recipe_is_refused(changed: Callable[..., Path]) -> None:
     source = Bundle.read(INT8).manifest.source.model_dump()
     other = changed(source=source | {"sha256": "0" * 64})
-    with pytest.raises(BadRequest, match="not made of the same weights"):
+    with pytest.raises(BadRequest, match="is not fp32 of the same weights"):
         verify_bundle(other, reference=FP32)
-    with pytest.raises(BadRequest, match="is not fp32"):
+    with pytest.raises(BadRequest, match="is not fp32 of"):
         verify_bundle(INT8, reference=INT8)
 
 
@@ -151,7 +153,7 @@ def test_the_command_writes_a_report_and_exits_by_the_verdict(tmp_path: Path, ch
     assert kept["passed"]
     assert kept["reference"]["target"] == "local/tiny-scenes@fp32"
     assert kept["files"] == {name: entry.sha256 for name, entry in Bundle.read(INT8).manifest.files.items()}
-    assert set(kept["versions"]) >= {"nearfar", "onnxruntime"}
+    assert set(kept["versions"]) >= {"nearfar", "runtime"}
     assert [each["passed"] for each in kept["checks"] if each["name"] == "reference processor"] == [True]
     assert "passed in" in done.stdout
     failed = nearfar("verify", str(changed(recipe="fp32")), "--reference", str(FP32), "--json")
@@ -179,7 +181,7 @@ def test_a_report_counts_when_it_is_whole_and_of_a_named_commit(tmp_path: Path) 
     for number, change in enumerate([{}, *lesser]):
         (tmp_path / f"{number}.json").write_text(json.dumps(good | change))
     found = published_reports("somebody/model", tmp_path)
-    assert found == [{"recipe": "int4", "revision": "c0ffee", "made": "2026-11-21", "processor": "some"}]
+    assert found == [{"recipe": "int4", "revision": "c0ffee", "made": "2026-11-21"}]
     assert published_reports("somebody/other", tmp_path) == []
     assert published_reports(None, tmp_path) == []
 
@@ -187,3 +189,48 @@ def test_a_report_counts_when_it_is_whole_and_of_a_named_commit(tmp_path: Path) 
 def test_no_report_stands_in_the_tree_that_nobody_made() -> None:
     for path in (Path(__file__).parents[2] / "models" / "reports").iterdir():
         assert path.name == "README.md" or json.loads(path.read_text())["source"]["revision"]
+
+
+@pytest.fixture
+def wrong_here(tmp_path: Path, changed: Callable[..., Path]) -> Path:
+    """A data folder with a model that fails its replay."""
+    with np.load(INT8 / FILE) as stored:
+        arrays = dict(stored)
+    np.savez(tmp_path / FILE, **arrays | {"features": -arrays["features"]})
+    folder = changed({FILE: (tmp_path / FILE).read_bytes()}, name="toy")
+    (tmp_path / "models").mkdir()
+    folder.rename(tmp_path / "models" / "toy@int8")
+    return tmp_path
+
+
+def test_where_a_bundle_computes_wrongly_a_safer_recipe_that_is_here_is_taken(
+    wrong_here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    safe = Path(shutil.copytree(FP32, wrong_here / "models" / "toy@fp32"))
+    manifest = json.loads((safe / MANIFEST).read_text())
+    (safe / MANIFEST).write_text(json.dumps(manifest | {"name": "toy"}))
+    with running(data_dir=wrong_here, models=("toy@int8", "toy@fp32")) as service:
+        targets = [row["name"] for row in service.ready().client.get("/targets").json()["targets"]]
+    assert targets == ["local/toy@fp32"]
+    assert any(
+        "local/toy@int8 computes wrongly on this processor" in line and "local/toy@fp32 is taken instead" in line
+        for line in caplog.messages
+    )
+
+
+def test_without_a_safer_recipe_a_wrong_bundle_is_refused_with_the_figure(wrong_here: Path) -> None:
+    with running(data_dir=wrong_here, models=("toy",)) as service:
+        wait_for(lambda: "computes wrongly" in (service.services.not_ready() or ""))
+        answer = service.client.get("/ready")
+    assert answer.status_code == 503
+    assert "cosine of its image features is -0.99" in answer.text
+    done = nearfar("verify", "toy", "--quick", NEARFAR_DATA_DIR=str(wrong_here))
+    assert done.returncode == 1
+    assert "computes wrongly" in done.stderr
+
+
+def test_the_safer_recipes_lose_less_and_less() -> None:
+    assert safer_recipes("int4")[-3:] == ("int8", "fp16", "fp32")
+    assert safer_recipes("int8") == ("fp16", "fp32")
+    assert safer_recipes("fp32") == ()
+    assert safer_recipes("bnb4") == ("int8", "fp16", "fp32")
