@@ -54,7 +54,10 @@ def local_bundles(settings: Settings) -> list[Bundle]:
     for path in (settings.data_dir / "models").glob(f"*/{MANIFEST}"):
         with suppress(BundleError):  # not one of ours, or of another version: naming it says why
             found.append(Bundle.read(path.parent))
-    return [*sorted(found, key=_capability), *map(Bundle.read, BUNDLES.values())]
+    by_target: dict[str, Bundle] = {}
+    for bundle in (*sorted(found, key=_capability), *map(Bundle.read, BUNDLES.values())):
+        by_target.setdefault(bundle.target, bundle)
+    return list(by_target.values())
 
 
 def _capability(bundle: Bundle) -> tuple[int, int, str]:

@@ -105,3 +105,9 @@ def test_infer_without_a_name_asks_the_default_alone(tmp_path: Path) -> None:
     install(tmp_path, "mine")
     run = nearfar("infer", PICTURE, QUESTION, "--json", NEARFAR_DATA_DIR=str(tmp_path))
     assert json.loads(run.stdout)["target"] == "local/mine@int8"
+
+
+def test_an_own_model_of_an_embedded_name_takes_its_place(tmp_path: Path) -> None:
+    own = install(tmp_path, "tiny-scenes")
+    bundles = local_bundles(Settings(data_dir=tmp_path))
+    assert [bundle.folder for bundle in bundles] == [own, BUNDLES["tiny-scenes@fp32"]]
