@@ -15,9 +15,9 @@ import numpy as np
 from rich.progress import Progress
 
 from models.loaded_model import LoadedModel
+from models.onnx_model import in_batches
 
 DECODED_TOKENS = 32
-TILES_TOGETHER = 4  # in one run of the vision graph
 LONGEST_S = 60.0  # a contestant whose last size took longer is spared the larger ones
 Kind = Literal["vision", "prefill", "decode"]
 
@@ -84,12 +84,11 @@ class BundleContestant:
 
     def vision(self, tiles: int) -> float | None:
         """In batches, as a request's tiles are."""
-        batches = [min(TILES_TOGETHER, tiles - done) for done in range(0, tiles, TILES_TOGETHER)]
         side = self._tile_px
-        pixels = self._random.uniform(-1, 1, (min(TILES_TOGETHER, tiles), 3, side, side)).astype(np.float32)
+        pixels = self._random.uniform(-1, 1, (tiles, 3, side, side)).astype(np.float32)
         begun = time.perf_counter()
-        for batch in batches:
-            self._onnx.encode_tiles(pixels[:batch])
+        for batch in in_batches(pixels):
+            self._onnx.encode_tiles(batch)
         return time.perf_counter() - begun
 
     def prefill(self, tokens: int) -> float | None:
@@ -98,7 +97,7 @@ class BundleContestant:
             return None
         ids, cache = self._ids(tokens), self._onnx.new_cache(tokens)
         begun = time.perf_counter()
-        self._onnx.decode(self._onnx.embed(ids), cache)
+        self._onnx.prefill(self._onnx.embed(ids), cache)
         return time.perf_counter() - begun
 
     def decode(self, context: int, tokens: int) -> float | None:
