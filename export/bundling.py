@@ -157,9 +157,8 @@ def _check_space(checkpoint: Checkpoint, recipe: str, folder: Path) -> None:
     needed = 4 * vision + int(BYTES_PER_WEIGHT.get(recipe, 1.3) * checkpoint.shapes.parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise NearfarError(
-            f"the bundle needs about {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free"
-        )
+        have = f"{folder.parent} has {free / 1e6:,.0f} MB free"
+        raise NearfarError(f"the bundle needs about {needed / 1e6:,.0f} MB of disk, {have}")
 
 
 def _peak_bytes() -> int:

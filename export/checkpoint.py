@@ -173,13 +173,17 @@ class StoredWeight(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _is_weight(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))
+
+
 def _stored_weights(files: Sequence[Path]) -> dict[str, StoredWeight]:
-    """Of all files together. Raises CheckpointError for a damaged file and for weights that are no floats."""
+    """Of all files, without buffers. Raises CheckpointError for a damaged file and for weights that are no floats."""
     found = {}
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  it is no dictionary
+                for name in filter(_is_weight, opened.keys()):
                     weight = opened.get_slice(name)
                     found[name] = StoredWeight(weight.get_dtype(), tuple(weight.get_shape()))
         except Exception as error:  # the library's own kind, straight from Exception, and OSError
@@ -210,7 +214,7 @@ def _load_model(model_class: Any, folder: Path, precision: torch.dtype, stored: 
         found, expected = list(stored[name].shape), list(model.get_parameter(name).shape)
         raise CheckpointError(f"{folder}: {name} has shape {found}, config.json asks for {expected}")
     # Buffers of older versions, such as inv_freq, may be left over. A weight without a place is another architecture.
-    unread = [name for name in report["unexpected_keys"] if name.endswith((".weight", ".bias"))]
+    unread = list(filter(_is_weight, report["unexpected_keys"]))
     for what, names in (("missing", report["missing_keys"]), ("unknown to config.json", unread)):
         if names:
             raise CheckpointError(f"{folder}: {len(names)} weights are {what}, the first is {min(names)}")

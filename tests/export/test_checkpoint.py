@@ -127,6 +127,14 @@ def test_a_truncated_file_is_refused(copy: Path) -> None:
         load_checkpoint(copy)
 
 
+def test_buffers_that_older_versions_stored_are_left_alone(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["model.vision_model.embeddings.position_ids"] = torch.arange(64)[None]
+    weights["model.text_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert load_checkpoint(copy).shapes.layers == 4
+
+
 def test_a_large_checkpoint_in_half_precision_computes_as_in_float32(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
