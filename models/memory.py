@@ -1,6 +1,6 @@
 """What models need of memory, by formula from their shapes, and what fits into a budget.
 
-One budget counts weights, the activations of the largest step, and slots times context: the cache, and the pixels of a
+One budget counts weights, the activations of a step, and slots times context: the cache, and the pixels of a
 request that waits for its turn. There is no cache between requests yet, so it counts for nothing. `python -m
 models.memory` prints the table of models/README.md.
 """
@@ -24,9 +24,10 @@ PROCESS_BYTES = 120_000_000  # Python, the libraries and ONNX Runtime, before an
 TILES = 17  # of a square picture in all published sizes, the global view included
 LEAST_CONTEXT = 2048  # a picture of 17 tiles and an answer; with less a model is refused
 SHARE_OF_FREE = 0.9  # of what is free, where no budget is set
-# A loaded graph, measured as the peak while it loads, onnxruntime 1.31, two Zen 3 cores, the 256M decoder: 710 MiB for
-# 515 MiB of float32, 271 for 137 of 8 bits, 187 for 82 of 4. Its arena grows by doubling, so small graphs take twice.
-LOADED, ARENA_BYTES = 1.25, 120_000_000
+# A loaded graph keeps a tenth more than its file; besides, its arena grows by doubling, up to this much. Peak over
+# 2,048 positions and a picture of the 256M shape, onnxruntime 1.31, two Zen 3 cores: int8-fast 1.05 GB where 1.39 are
+# counted, fp32 1.57 where 2.04 are.
+LOADED, ARENA_BYTES = 1.1, 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,8 @@ class Need:
     max_positions: int
 
     def activations(self, context: int) -> int:
-        """Of the larger of the two kinds of steps: they do not run at once."""
-        return max(self.vision_step, self.prompt_step + context * self.scores_per_position)
+        """Of a batch of tiles and a piece of the prompt: each session keeps what its largest step took."""
+        return self.vision_step + self.prompt_step + context * self.scores_per_position
 
     def slot(self, context: int) -> int:
         """Of one running sequence."""
@@ -55,10 +56,10 @@ def need(shape: Shape, graph_bytes: Iterable[int], *, cache_value_bytes: int = 4
     patches = (shape.tile_px // shape.patch_px) ** 2
     tiles = max(1, TILE_PIXELS_PER_STEP // shape.tile_px**2)
     vision_heads = max(1, shape.vision_hidden // 64)
-    tile = patches * (2 * vision_heads * patches + 2 * shape.vision_intermediate + 4 * shape.vision_hidden)
+    tile = patches * (4 * vision_heads * patches + 2 * shape.vision_intermediate + 4 * shape.vision_hidden)
     position = 3 * shape.intermediate + 6 * shape.hidden
     return Need(
-        weights=sum(round(LOADED * size + min(LOADED * size, ARENA_BYTES)) for size in graph_bytes),
+        weights=sum(round(LOADED * size + min(size, ARENA_BYTES)) for size in graph_bytes),
         vision_step=4 * tiles * (tile + 3 * shape.tile_px**2),
         prompt_step=4 * (POSITIONS_PER_STEP * position + shape.vocab),
         scores_per_position=4 * (2 * POSITIONS_PER_STEP * shape.heads + 2 * shape.hidden),

@@ -11,6 +11,8 @@ import pytest
 
 from export.exact_shapes import write_checkpoint
 from models.bundle import Bundle
+from models.memory import need_of, total_bytes
+from tests.models.test_memory import peak_bytes
 
 
 @pytest.mark.slow
@@ -39,3 +41,5 @@ def test_the_256m_shape_exports_in_bounded_memory(
     assert embeddings_bytes <= sizes["embed_tokens"] <= 1.01 * embeddings_bytes
     assert manifest.quality["vision_cosine_mean"] > 0.999
     assert manifest.quality["mean_kl"] is None  # of random weights
+    need, context = need_of(Bundle.read(tmp_path / "out")), 2048
+    assert peak_bytes(tmp_path / "out", context) <= total_bytes([need], 1, context)
