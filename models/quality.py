@@ -77,7 +77,7 @@ GATES: Mapping[str, Gate] = MappingProxyType(
 
 
 # From the one that loses most to the one that loses nothing.
-BY_SAFETY = ("q4", "int4", "q4f16", "auto", "int8-fast", "quantized", "int8", "fp16", "fp32")
+BY_SAFETY = ("q4", "q4f16", "int4", "auto", "int8-fast", "quantized", "int8", "fp16", "fp32")
 
 
 def safer_recipes(recipe: str) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ from serving.pull import (
     local_bundles,
     model_folder,
     plan_pull,
+    reject,
     wanted,
 )
 from serving.settings import Settings
@@ -168,13 +169,18 @@ class Services:
         self.pulling = Pulling(f"{row.name}@{recipe}")
         self._pull_task = asyncio.create_task(self._pull(name, self.pulling))
 
-    async def _pull(self, name: str, pulling: Pulling) -> None:
+    async def _pull(self, name: str, pulling: Pulling, recipe: str | None = None) -> None:
         try:
-            plan = await in_daemon_thread(plan_pull, name, self.settings.data_dir, recipe=None, revision=None)
+            plan = await in_daemon_thread(plan_pull, name, self.settings.data_dir, recipe=recipe, revision=None)
             if plan.recipe is None:
                 raise BadRequest(f"{name} has no published ONNX files; on the command line, nearfar pull exports it")
             folder = await in_daemon_thread(fetch, plan, pulling.report)
             pulling.state = "loading"
+            rejected = await in_daemon_thread(reject, folder, self.settings)
+            if rejected:
+                log.warning(rejected.reason)
+                pulling.model, pulling.state = f"{plan.row.name}@{rejected.safer}", "fetching"
+                return await self._pull(name, pulling, rejected.safer)
             await self._serve_also(folder)
             pulling.state = "done"
         except Exception as error:

@@ -535,7 +535,7 @@ def _fetched(
     yes: bool,
 ) -> Path:
     """The folder of a catalog model, fetched if need be: its size is shown first, and a terminal is asked."""
-    from serving.pull import fetch, is_there, model_folder, plan_pull, wanted
+    from serving.pull import fetch, is_there, model_folder, plan_pull, reject, wanted
 
     row, chosen = wanted(name, recipe)
     if not revision and not checkpoint:
@@ -557,9 +557,18 @@ def _fetched(
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
             task = progress.add_task(plan.name, total=plan.bytes)
             fetch(plan, lambda done, total: progress.update(task, completed=done))
-    if plan.recipe or checkpoint:
+    elif plan.recipe:
         return plan.folder
-    return _export_fetched(plan, chosen, settings.data_dir / "models" / f"{row.name}@{chosen}")
+    if checkpoint:
+        return plan.folder
+    out = settings.data_dir / "models" / f"{row.name}@{chosen}"
+    folder = plan.folder if plan.recipe else _export_fetched(plan, chosen, out)
+    _say("checking it on this machine, which takes up to 20 seconds")
+    rejected = reject(folder, settings)
+    if rejected is None:
+        return folder
+    _say(rejected.reason)
+    return _fetched(settings, row.name, recipe=rejected.safer, revision=revision, yes=yes)
 
 
 def _export_fetched(plan: Plan, recipe: str, out: Path) -> Path:

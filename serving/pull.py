@@ -34,8 +34,10 @@ from models.catalog import (
 from models.errors import BadRequest, BundleError, NotFound, Unavailable
 from models.loaded_model import LoadedModel
 from models.memory import LEAST_CONTEXT, Need, need_of, total_bytes
+from models.quality import safer_recipes
 from models.tiny_scenes import BUNDLES
 from serving.settings import Settings
+from serving.verify import failure
 
 RECIPE_PREFERENCE = ("int8", "int8-fast", "int4", "fp16", "fp32")
 CONFIGURATION = (
@@ -123,6 +125,13 @@ def model_folder(name: str, settings: Settings) -> Path:
             return bundle.folder
     find(wanted)
     raise NotFound(f"{wanted} is not on this machine; fetch it with: nearfar pull {wanted}", param="model")
+
+
+class Rejected(NamedTuple):
+    """Why a fetched model was removed again, and the recipe to take instead."""
+
+    reason: str
+    safer: str
 
 
 class RemoteFile(NamedTuple):
@@ -257,6 +266,22 @@ def _finish(plan: Plan) -> None:
         shutil.rmtree(old)
     else:
         plan.staging.rename(plan.folder)
+
+
+def reject(folder: Path, settings: Settings) -> Rejected | None:
+    """Check a model that was just fetched or exported, in about 20 seconds; one that fails is removed.
+
+    Raises BundleError where it fails and no recipe is safer.
+    """
+    bundle = Bundle.read(folder)
+    reason = failure(folder, local_bundles(settings))
+    if reason is None:
+        return None
+    shutil.rmtree(folder)
+    safer = next((recipe for recipe in safer_recipes(bundle.manifest.recipe) if recipe in PUBLISHED), None)
+    if safer is None:
+        raise BundleError(f"{reason}; it was removed, and no recipe is safer")
+    return Rejected(f"{reason}; it was removed, and {safer} is taken instead", safer)
 
 
 def record_source(folder: Path, plan: Plan) -> None:

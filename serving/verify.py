@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from models.bundle import MANIFEST, Bundle, sha256_of
-from models.errors import BadRequest, Unavailable
+from models.errors import BadRequest, BundleError, Unavailable
 from models.images import decode_image
 from models.loaded_model import LoadedModel
 from models.onnx_model import RUNTIME
@@ -200,6 +200,15 @@ def save_report(report: dict[str, Any], path: Path) -> None:
 def find_reference(tested: Bundle, bundles: Iterable[Bundle]) -> Bundle | None:
     """The first of the bundles that holds the same weights in fp32."""
     return next((each for each in bundles if each.manifest.recipe == "fp32" and _same_weights(tested, each)), None)
+
+
+def failure(folder: Path, here: Iterable[Bundle]) -> str | None:
+    """What a quick check found wrong, in one line; None where nothing. A reference may be among the bundles `here`."""
+    try:
+        reference = find_reference(Bundle.read(folder), here)
+        return verify_bundle(folder, reference=reference.folder if reference else None, quick=True).reason
+    except BundleError as error:
+        return error.message
 
 
 def _same_weights(one: Bundle, other: Bundle) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 
 from models.bundle import Bundle
@@ -360,4 +361,41 @@ def assert_pull_fails(hub: Hub, data_dir: Path, *words: str) -> None:
     assert last.startswith("nearfar: ")
     assert all(word in last for word in words), last
     assert "Traceback" not in run.stderr
+    assert_nothing_usable(data_dir)
+
+
+def without_output_weights(decoder: bytes) -> bytes:
+    """The fp32 decoder with zeros for its last matrix: every token is as likely as any other."""
+    checkpoint = (Path(BUNDLES["tiny-scenes@fp32"]).parents[1] / "checkpoint" / "model.safetensors").read_bytes()
+    size = int.from_bytes(checkpoint[:8], "little")
+    header = json.loads(checkpoint[8 : 8 + size])
+    name = "lm_head.weight" if "lm_head.weight" in header else "model.text_model.embed_tokens.weight"
+    begin, end = header[name]["data_offsets"]
+    matrix = np.frombuffer(checkpoint[8 + size + begin : 8 + size + end], np.float32).reshape(header[name]["shape"])
+    weights = matrix.T.tobytes()
+    assert weights in decoder
+    return decoder.replace(weights, bytes(len(weights)))
+
+
+def test_a_model_that_fails_its_check_is_removed_and_a_safer_recipe_taken(hub: Hub, data_dir: Path) -> None:
+    good = hub.repositories[HUB_ID]
+    plain = {graph: good[f"onnx/{graph}.onnx"] for graph in ("vision_encoder", "embed_tokens", "decoder_model_merged")}
+    halves = {f"onnx/{graph}_fp16.onnx": content for graph, content in plain.items()}
+    bad = without_output_weights(plain["decoder_model_merged"])
+    hub.repositories[HUB_ID] = {**good, **halves, DECODER: bad}
+    run = pull(hub, data_dir, NAME)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(data_dir / "models" / f"{NAME}@fp16")
+    assert f"local/{NAME}@int4: not random: mean entropy is 1.00" in run.stderr
+    assert "it was removed, and fp16 is taken instead" in run.stderr
+    assert [folder.name for folder in (data_dir / "models").iterdir()] == [f"{NAME}@fp16"]
+
+
+def test_where_no_recipe_is_safer_a_model_that_fails_is_one_line_and_gone(hub: Hub, data_dir: Path) -> None:
+    good = hub.repositories[HUB_ID]
+    plain = "onnx/decoder_model_merged.onnx"
+    hub.repositories[HUB_ID] = {**good, plain: without_output_weights(good[plain])}
+    run = pull(hub, data_dir, NAME, "--recipe", "fp32")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].endswith("it was removed, and no recipe is safer")
     assert_nothing_usable(data_dir)
