@@ -13,6 +13,7 @@ import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from models.catalog import Shape
 from models.errors import BadRequest, BundleError
 from models.images import ImageProcessing
 from models.onnx_model import OnnxModel
+from models.prompt import read_template
 from models.tokenizer import TextTokenizer
 
 # What `adopt` takes where nothing is asked for, the first that is there. Decoder: 4-bit weights are the fastest on a
@@ -99,8 +101,9 @@ def _draft(folder: Path, name: str, recipe: str, chosen: Mapping[GraphName, str]
     """The manifest without what only running the graphs shows. Edits the graphs that need it."""
     names = {path.name for path in folder.iterdir() if path.suffix in TEXT_SUFFIXES} - {MANIFEST}
     config, settings = _read_json(folder, "config.json"), _read_json(folder, "preprocessor_config.json")
-    shapes = _shapes(folder, config)
-    tile_px = config["vision_config"]["image_size"]
+    shapes, tile_px = _shapes(folder, config), config["vision_config"]["image_size"]
+    processing = read_processing(settings, folder / "preprocessor_config.json", tile_px)
+    read_template(folder)
     graphs = {}
     for graph, suffix in chosen.items():
         file = f"onnx/{graph}{suffix}.onnx"
@@ -115,7 +118,7 @@ def _draft(folder: Path, name: str, recipe: str, chosen: Mapping[GraphName, str]
         recipe=recipe,
         source=source.model_copy(update={"sha256": hashlib.sha256(weights.encode()).hexdigest()}),
         shapes=shapes,
-        processing=read_processing(settings, folder / "preprocessor_config.json", tile_px),
+        processing=processing,
         graphs=graphs,
         files=files,
         quality={},
@@ -326,7 +329,8 @@ class _Walk:
         self.note: str | None = None
 
     def model(self, data: memoryview) -> Pieces:
-        return self._copied(data, {7: self._graph, 14: self._property, 25: self._function})
+        function = partial(self._copied, inner={7: self._node})
+        return self._copied(data, {7: self._graph, 14: self._property, 25: function})
 
     def _graph(self, data: memoryview) -> Pieces:
         return self._copied(data, {1: self._node, 5: self._tensor})
@@ -336,9 +340,6 @@ class _Walk:
         if pair.get(1) == EDITED:
             self.note = pair[2].decode()
         return [data]
-
-    def _function(self, data: memoryview) -> Pieces:
-        return self._copied(data, {7: self._node})
 
     def _attribute(self, data: memoryview) -> Pieces:
         return self._copied(data, {5: self._tensor, 6: self._graph, 10: self._tensor, 11: self._graph})

@@ -104,12 +104,11 @@ def fit(needs: Sequence[Need], budget: int, *, max_running: int = 4) -> Fit:
     """
     longest = max(each.max_positions for each in needs)
     least = min(LEAST_CONTEXT, longest)
-    for slots in range(max_running, 0, -1):
-        if (total := total_bytes(needs, slots, longest)) <= budget:
-            return Fit(slots, longest, total)
-    for context in range(longest // CACHE_STEP * CACHE_STEP, least - 1, -CACHE_STEP):
-        if (total := total_bytes(needs, 1, context)) <= budget:
-            return Fit(1, context, total)
+    choices = [(slots, longest) for slots in range(max_running, 0, -1)]
+    choices += [(1, context) for context in range(longest // CACHE_STEP * CACHE_STEP, least - 1, -CACHE_STEP)]
+    for slots, context in choices:
+        if (needed := total_bytes(needs, slots, context)) <= budget:
+            return Fit(slots, context, needed)
     parts = {
         "weights": sum(each.weights for each in needs),
         "activations": max(each.activations(least) for each in needs),
@@ -117,9 +116,8 @@ def fit(needs: Sequence[Need], budget: int, *, max_running: int = 4) -> Fit:
         "the process itself": PROCESS_BYTES,
     }
     terms = " + ".join(f"{size / GB:.2f} GB {name}" for name, size in parts.items())
-    raise Unavailable(
-        f"too large for the memory budget of {budget / GB:.2f} GB: {terms} = {sum(parts.values()) / GB:.2f} GB"
-    )
+    total = total_bytes(needs, 1, least) / GB
+    raise Unavailable(f"too large for the memory budget of {budget / GB:.2f} GB: {terms} = {total:.2f} GB")
 
 
 def total_bytes(needs: Sequence[Need], slots: int, context: int) -> int:

@@ -130,7 +130,10 @@ def read_template(folder: Path) -> str:
         return plain.read_text()
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
-        template = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
-        if isinstance(template, str):
+        try:
+            content = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise BundleError(f"{path} is not JSON") from error
+        if isinstance(content, dict) and isinstance(template := content.get("chat_template"), str):
             return template
     raise BundleError(f"{folder} has no chat template")

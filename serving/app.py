@@ -123,10 +123,7 @@ class Services:
     def _room(self, bundles: Sequence[Bundle]) -> Fit:
         """How many sequences, and how long ones, these models may run. Raises Unavailable where they do not fit."""
         room = fit(list(map(need_of, bundles)), self._budget, max_running=self.settings.max_running)
-        log.info(
-            "memory: at most %.1f of %.1f GB, for %d sequences of %d positions",
-            room.bytes / GB, self._budget / GB, room.slots, room.context,
-        )  # fmt: skip
+        log.info("memory: at most %.1f of %.1f GB for %d sequences", room.bytes / GB, self._budget / GB, room.slots)
         return room
 
     async def _load_models(self, folders: Sequence[Path]) -> Fit:

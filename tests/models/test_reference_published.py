@@ -248,6 +248,17 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "32 px",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json does not load"),
+    "no chat template": (
+        lambda f: (
+            (f / "chat_template.jinja").unlink(),
+            edit_json(f, "tokenizer_config.json", lambda c: c.pop("chat_template", None)),
+        ),
+        "no chat template",
+    ),
+    "tokenizer's settings cut": (
+        lambda f: ((f / "chat_template.jinja").unlink(), cut(f / "tokenizer_config.json", 100)),
+        r"tokenizer_config\.json is not JSON",
+    ),
     "graph cut": (lambda f: cut(f / "onnx" / "decoder_model_merged.onnx", 10_000), "damaged"),
     "graph empty": (lambda f: cut(f / "onnx" / "vision_encoder.onnx", 0), "damaged"),
     "graph is a page": (
