@@ -24,7 +24,7 @@ from models.answerer import collect
 from models.bundle import Bundle
 from models.errors import BadRequest, Forbidden, NearfarError, Overloaded, Unavailable
 from models.loaded_model import LoadedModel
-from models.machine import Remembered, available_memory_bytes
+from models.machine import Remembered
 from models.memory import GB, Fit, default_budget, fit, need_of
 from models.quality import safer_recipes
 from models.replay import ReplayFailed
@@ -271,7 +271,7 @@ def warm_up_request() -> AnswerRequest:
 def model_folders(settings: Settings) -> list[Path]:
     """Bundle folders of the named models; without names, of all here that fit into memory. Raises NotFound."""
     named = [model_folder(name, settings) for name in settings.models]
-    return named or [bundle.folder for bundle in default_models(settings, available_memory_bytes()).bundles]
+    return named or [bundle.folder for bundle in default_models(settings).bundles]
 
 
 def create_app(settings: Settings, environment: Mapping[str, str] | None = None) -> FastAPI:

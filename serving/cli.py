@@ -23,7 +23,6 @@ from models.bundle import Bundle
 from models.catalog import NOT_VERIFIED, meaning
 from models.errors import BadRequest, NearfarError, NotFound, Unavailable
 from models.expand import file_kind
-from models.machine import available_memory_bytes
 from models.request import GenerationSettings, Policy, Task, question
 from serving.pull import default_models
 from serving.settings import Settings
@@ -101,21 +100,24 @@ def serve(
     _fetch_absent(settings, yes=yes)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line for every request
+    first_line = None
     if not settings.models:
-        choice = default_models(settings, available_memory_bytes())
-        logging.getLogger("nearfar").info(choice.text)
+        choice = default_models(settings)
+        first_line = choice.text
         settings = settings.model_copy(update={"models": tuple(str(bundle.folder) for bundle in choice.bundles)})
-    run_server(settings)
+    run_server(settings, first_line)
 
 
-def run_server(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, let running answers end, leave with status 0."""
+def run_server(settings: Settings, first_line: str | None) -> None:
+    """Log that line, serve until SIGTERM or SIGINT, let running answers end, leave with status 0."""
     from serving.app import create_app
 
     try:
         application = create_app(settings)
     except NearfarError as error:
         fail(error.message, status=2)
+    if first_line:
+        logging.getLogger("nearfar").info(first_line)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -166,7 +168,7 @@ def infer(
     settings = settings_from(models=(model,) if local else (), offline=offline or None)
     _fetch_absent(settings, yes=yes)
     if model is None and not settings.models:
-        default = default_models(settings, available_memory_bytes()).bundles[0]
+        default = default_models(settings).bundles[0]
         settings = settings.model_copy(update={"models": (str(default.folder),)})
     result = _run(infer_once(settings, os.environ, request, None if folder else model))
     if as_json:

@@ -33,7 +33,7 @@ from models.catalog import (
 )
 from models.errors import BadRequest, BundleError, NotFound, Unavailable
 from models.loaded_model import LoadedModel
-from models.memory import LEAST_CONTEXT, Need, need_of, total_bytes
+from models.memory import LEAST_CONTEXT, default_budget, need_of, total_bytes
 from models.quality import safer_recipes
 from models.tiny_scenes import BUNDLES
 from serving.settings import Settings
@@ -75,24 +75,23 @@ class Choice(NamedTuple):
     text: str
 
 
-def default_models(settings: Settings, free_bytes: int | None) -> Choice:
-    """As many of this machine's models, the most capable first, as fit together into the free memory."""
+def default_models(settings: Settings) -> Choice:
+    """As many of this machine's models, the most capable first, as fit together into the memory budget."""
+    budget = settings.memory_budget or default_budget()
+    every = local_bundles(settings)
+    embedded = [bundle for bundle in every if bundle.folder in BUNDLES.values()]
     chosen: list[Bundle] = []
     left_out: list[str] = []
-    needs: list[Need] = []
-    for bundle in local_bundles(settings):
-        with_it = [*needs, need_of(bundle)]
-        total = total_bytes(with_it, 1, LEAST_CONTEXT)
-        if free_bytes is not None and total > free_bytes and bundle.folder not in BUNDLES.values():
+    for bundle in every[: len(every) - len(embedded)]:
+        if total_bytes(list(map(need_of, [*chosen, bundle, *embedded])), 1, LEAST_CONTEXT) <= budget:
+            chosen.append(bundle)
+        else:
             left_out.append(f"{bundle.target} ({_gigabytes(bundle)})")
-            continue
-        chosen.append(bundle)
-        needs = with_it
+    chosen += embedded
     why = "the most capable model here that fits into memory"
     if chosen[0].folder in BUNDLES.values():
         why = f"a toy; nearfar pull {SUGGESTED} fetches a real one"
-    free = "" if free_bytes is None else f" of {free_bytes / 1e9:.1f} GB free"
-    text = f"default model: {chosen[0].target}, {why} ({_gigabytes(chosen[0])}{free})"
+    text = f"default model: {chosen[0].target}, {why} ({_gigabytes(chosen[0])} of {budget / 1e9:.1f} GB)"
     return Choice(chosen, f"{text}; left out: {', '.join(left_out)}" if left_out else text)
 
 

@@ -85,20 +85,22 @@ def test_a_model_of_the_data_folder_is_named_like_an_embedded_one(tmp_path: Path
 
 
 def test_the_most_capable_model_that_fits_is_the_default_and_the_first_line_of_the_log_says_so(tmp_path: Path) -> None:
-    assert "toy" in default_models(Settings(data_dir=tmp_path), None).text
+    assert "toy" in default_models(Settings(data_dir=tmp_path)).text
     small, large = install(tmp_path, "small"), install(tmp_path, "large")
     manifest = json.loads((large / "manifest.json").read_text())
     manifest["shapes"]["parameters"] *= 100
     (large / "manifest.json").write_text(json.dumps(manifest))
-    settings = Settings(data_dir=tmp_path)
-    roomy = default_models(settings, None)
+    roomy = default_models(Settings(data_dir=tmp_path))
     assert [bundle.folder for bundle in roomy.bundles] == [large, small, *BUNDLES.values()]
-    one = total_bytes([need_of(roomy.bundles[0])], 1, LEAST_CONTEXT)
-    tight = default_models(settings, one + 1)
-    assert [bundle.folder for bundle in tight.bundles] == [large, *BUNDLES.values()]
-    assert tight.text.startswith("default model: local/large@int8, the most capable")
-    assert "left out: local/small@int8" in tight.text
-    assert default_models(settings, 0).bundles[0].folder in BUNDLES.values()
+    one = total_bytes([need_of(bundle) for bundle in roomy.bundles if bundle.folder != small], 1, LEAST_CONTEXT)
+    tight = Settings(data_dir=tmp_path, memory_budget=one)
+    choice = default_models(tight)
+    assert [bundle.folder for bundle in choice.bundles] == [large, *BUNDLES.values()]
+    assert choice.text.startswith("default model: local/large@int8, the most capable")
+    assert "left out: local/small@int8" in choice.text
+    assert default_models(Settings(data_dir=tmp_path, memory_budget=1)).bundles[0].folder in BUNDLES.values()
+    with running(data_dir=tmp_path, memory_budget=one) as service:  # what was chosen loads within the same budget
+        assert len(service.ready().client.get("/models").json()["models"]) == 3
 
 
 def test_infer_without_a_name_asks_the_default_alone(tmp_path: Path) -> None:
