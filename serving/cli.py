@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
@@ -24,11 +24,20 @@ from models.catalog import NOT_VERIFIED, meaning
 from models.errors import BadRequest, NearfarError, NotFound, Unavailable
 from models.expand import file_kind
 from models.request import GenerationSettings, Policy, Task, question
-from serving.pull import default_models
+from serving.pull import (
+    Plan,
+    aliases,
+    default_models,
+    fetch,
+    is_there,
+    local_bundles,
+    model_folder,
+    plan_pull,
+    record_source,
+    reject,
+    wanted,
+)
 from serving.settings import Settings
-
-if TYPE_CHECKING:
-    from serving.pull import Plan
 
 app = typer.Typer(
     name="nearfar",
@@ -219,7 +228,6 @@ def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
     """List the models on this machine, and the catalog: source, licence, size, memory, what is claimed of them."""
     from serving.api.schemas import catalog_objects, model_object
     from serving.app import model_folders
-    from serving.pull import local_bundles
     from serving.tables import models_table, print_catalog
 
     settings = settings_from(models=tuple(model or ()))
@@ -357,7 +365,6 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Check a model on this machine against fp32: ten pictures and a text, and the reference processor."""
-    from serving.pull import local_bundles, model_folder
     from serving.tables import verdict_table
     from serving.verify import find_reference, save_report, verify_bundle
 
@@ -441,7 +448,6 @@ def bench(
     from serving.bench import bench_table, run_bench
     from serving.bench_engine import BundleContestant, Scale
     from serving.bench_page import write_page
-    from serving.pull import model_folder
 
     sizes = {"--tiles": tiles, "--prompts": prompts, "--contexts": contexts, "--clients": clients}
     counts = {option: _counts(option, text) for option, text in sizes.items()}
@@ -512,8 +518,6 @@ def _request(
 
 def _fetch_absent(settings: Settings, *, yes: bool) -> None:
     """Fetch the models that the settings name and this machine has not; say what an alias stands for."""
-    from serving.pull import aliases, model_folder
-
     try:
         for name in settings.models:
             _, notice = meaning(name, aliases(settings))
@@ -537,8 +541,6 @@ def _fetched(
     yes: bool,
 ) -> Path:
     """The folder of a catalog model, fetched if need be: its size is shown first, and a terminal is asked."""
-    from serving.pull import fetch, is_there, model_folder, plan_pull, reject, wanted
-
     row, chosen = wanted(name, recipe)
     if not revision and not checkpoint:
         with suppress(NotFound):
@@ -574,8 +576,6 @@ def _fetched(
 
 
 def _export_fetched(plan: Plan, recipe: str, out: Path) -> Path:
-    from serving.pull import record_source
-
     try:
         from export.bundling import export_bundle
     except ModuleNotFoundError:
