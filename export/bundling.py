@@ -7,7 +7,6 @@ a rename.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from models.bundle import (
 )
 from models.errors import BadRequest, NearfarError
 from models.images import tile_image
+from models.machine import process_peak_bytes
 from models.onnx_model import OnnxModel
 from models.prompt import read_template
 from models.replay import FILE, write_replay
@@ -107,7 +107,7 @@ def export_bundle(
         measured = writer.write()
         write_replay(writer.cases[0], OnnxModel(Bundle(folder, measured)), folder)
         _write_config(checkpoint, folder)
-        taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=_peak_bytes())
+        taken = ExportFigures(seconds=round(time.monotonic() - began, 1), peak_bytes=process_peak_bytes())
         vision = measured.graphs["vision_encoder"].model_copy(update={"weights": vision_in_words})
         graphs = measured.graphs | {"vision_encoder": vision}
         manifest = measured.model_copy(
@@ -159,12 +159,6 @@ def _check_space(checkpoint: Checkpoint, recipe: str, folder: Path) -> None:
     if free < needed:
         have = f"{folder.parent} has {free / 1e6:,.0f} MB free"
         raise NearfarError(f"the bundle needs about {needed / 1e6:,.0f} MB of disk, {have}")
-
-
-def _peak_bytes() -> int:
-    """The largest memory this process has held so far, memory-mapped files included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _move_into_place(folder: Path, out: Path) -> None:

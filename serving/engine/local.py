@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from comparisons.cost import LOCAL_COST
 from models.errors import NearfarError, Overloaded, Unavailable
 from models.events import AnswerEvent, Egress, Failed, Finished, Memory, TextDelta
 from models.loaded_model import LoadedModel
+from models.machine import process_peak_bytes
 from models.request import AnswerRequest
 from serving.engine.loop import EngineLoop, Job
 from serving.engine.prepare import prepare
@@ -101,9 +100,3 @@ class LocalAnswerer:
             cost=LOCAL_COST,
             notice=self._model.bundle.manifest.notice,
         )
-
-
-def process_peak_bytes() -> int:
-    """The largest resident set this process has had. Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-from models.machine import Remembered, processor
+from models.machine import Remembered, process_peak_bytes, processor
 
 
 def test_a_fact_outlives_the_process_and_belongs_to_what_it_was_found_for(tmp_path: Path) -> None:
@@ -30,3 +32,10 @@ def test_a_damaged_file_or_a_folder_that_cannot_be_written_is_the_same_as_none(t
 
 def test_the_processor_has_a_name() -> None:
     assert processor().name
+
+
+def test_a_child_s_peak_is_its_own_and_not_its_parent_s() -> None:
+    held = bytearray(400_000_000)  # touched, so it counts
+    code = "from models.machine import process_peak_bytes as peak; print(peak())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process_peak_bytes() >= len(held) > int(child.stdout) > 1_000_000
