@@ -375,7 +375,7 @@ def verify(
         bundle = Bundle.read(model_folder(model, settings))
         found = find_reference(bundle, local_bundles(settings))
         base = model_folder(reference, settings) if reference else found.folder if found else None
-        if base is None and not quick:
+        if base is None and not quick and bundle.manifest.recipe != "fp32":
             name = bundle.manifest.name
             fail(f"no fp32 model of the same weights is here: nearfar pull {name} --recipe fp32, or --reference FOLDER")
         processor = None if quick else _reference_processor(bundle.folder)
