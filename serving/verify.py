@@ -139,7 +139,8 @@ def verify_bundle(
     if compared and not (compared.manifest.recipe == "fp32" and _same_weights(Bundle.read(folder), compared)):
         raise BadRequest(f"{compared.target} is not fp32 of the same weights: source, revision or recipe differ")
     expected: list[quality.Case] = []
-    with Progress(console=console or Console(quiet=True), transient=True) as progress:
+    shown = console is not None and console.is_terminal  # elsewhere a bar would leave an empty line
+    with Progress(console=console, transient=True, disable=not shown) as progress:
 
         def within(tasks: list[_Task], seconds: float, target: str) -> Iterator[_Task]:
             chosen = _within(tasks, begun + seconds if quick else math.inf, clock)
