@@ -20,7 +20,7 @@ from tests.models.test_memory import peak_bytes
 @pytest.mark.parametrize(
     ("recipe", "decoder_bytes", "embeddings_bytes"),
     # 134.6 million weights in the decoder, 28.4 million in the embeddings; scales and the rotary tables come on top.
-    [("fp32", 538_000_000, 113_500_000), ("int8", 139_000_000, 28_600_000)],
+    [("fp32", 538_000_000, 113_500_000), ("int8", 139_000_000, 28_500_000)],
 )
 def test_the_256m_shape_exports_in_bounded_memory(
     tmp_path: Path, recipe: str, decoder_bytes: int, embeddings_bytes: int
