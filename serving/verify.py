@@ -299,7 +299,7 @@ def _sense(model: LoadedModel, seen: Sequence[_Seen], figures: dict[str, Any]) -
         others = [quality.surprise(each.expected) for each in seen if each.expected and not each.task.specimen]
         figures["text_perplexity_fp32"] = math.exp(np.concatenate(others).mean()) if others else None
         told = f"perplexity {perplexity:.1f} over {len(nats)} tokens of English"
-        yield Check("text", nats.mean() < quality.RANDOM_ENTROPY_SHARE * most, told)
+        yield Check("text", bool(nats.mean() < quality.RANDOM_ENTROPY_SHARE * most), told)
 
 
 def _distance(model: LoadedModel, seen: Sequence[_Seen], figures: dict[str, Any]) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ def test_random_weights_that_the_export_found_out_are_not_held_against_a_bundle(
     monkeypatch.setattr(_Broken, "damage", staticmethod(lambda logits: logits * np.float32(1e-4)), raising=False)
     monkeypatch.setattr("models.loaded_model.OnnxModel", _Broken)
     assert verify_bundle(changed(quality={"kl_meaningful": False}, replay=None), quick=True).passed
+
+
+def test_a_model_made_for_prose_that_cannot_continue_any_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.verify.PROSE_CHARACTERS_PER_TOKEN", 0.1)  # tiny-scenes shall count as made for it
+    verdict = verify_bundle(INT8, reference=FP32)
+    assert "text: perplexity" in str(verdict.reason)
+    kept = json.loads(json.dumps(verdict.report(datetime.now(UTC))))
+    assert kept["passed"] is False
+    assert kept["figures"]["text_perplexity_fp32"] > 1000
+    assert kept["figures"]["text"]["mean_kl"] > 0
 
 
 def test_a_reference_of_other_weights_or_another_recipe_is_refused(changed: Callable[..., Path]) -> None:
