@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import onnx_ir
 import onnxruntime as ort
 import pytest
 
-from export import bundling, decoders, graphs
+from export import bundling, decoders, graphs, verify
 from export.bundling import export_bundle
 from export.quantize import RECIPES
 from models.bundle import Bundle
@@ -121,12 +122,15 @@ def test_quantized_matrices_multiply_in_int8(exported: dict[str, Bundle]) -> Non
             assert attributes["K"] % attributes["block_size"] == 0
 
 
+ONE_PROMPT = (verify.Extent(math.inf, 1, ("low",), 2, 1),)
+
+
 @pytest.mark.parametrize("recipe", ["fp32", "int8", "int4"])
 def test_a_broken_graph_leaves_nothing_behind(
     tmp_path: Path, embedded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    def broken(checkpoint: Any) -> Any:
-        decoder = graphs.build_decoder(checkpoint)
+    def broken(checkpoint: Any, **options: Any) -> Any:
+        decoder = graphs.build_decoder(checkpoint, **options)
         scale = next(value for name, value in decoder.graph.initializers.items() if "final_norm" in name)
         scale.const_value = onnx_ir.tensor(-scale.const_value.numpy(), name=scale.name)  # every logit changes its sign
         return decoder
@@ -153,7 +157,7 @@ def test_a_failed_export_keeps_the_bundle_that_was_there(
 
 
 def test_a_bundle_replaces_a_bundle(tmp_path: Path, embedded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr(verify, "EXTENTS", ONE_PROMPT)
     monkeypatch.setattr(decoders, "verify", lambda *_, **__: {})
     monkeypatch.setattr(decoders, "check", lambda *_: None)
     for name in ("one", "two"):
@@ -178,7 +182,7 @@ def test_four_bits_give_way_to_eight_until_the_gate_is_passed(
 
     monkeypatch.setattr(decoders, "check", passes_at_the_second)
     monkeypatch.setattr(decoders, "verify", lambda *_, **__: {})
-    monkeypatch.setattr(decoders, "draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr(verify, "EXTENTS", ONE_PROMPT)
     monkeypatch.setattr(decoders, "calibrate", lambda *_, **__: {})
     manifest = export_bundle(embedded_checkpoint, recipe="int4", out=tmp_path / "out", show_progress=False)
     assert manifest.graphs["decoder_model_merged"].weights.endswith("; lm_head in 8 bits; attn in 8 bits")
