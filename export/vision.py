@@ -24,7 +24,7 @@ from torch import nn
 from export.checkpoint import Checkpoint
 from export.graphs import OPSET, save_graph
 from export.quantize import constant_products, to_dynamic_int8
-from models.quality import Differences, Floats, QualityGateFailed
+from models.quality import Floats, QualityGateFailed, cosines
 
 LEAST_COSINE = 0.999  # mean over image tokens
 VALIDATION_TOLERANCE = 1e-3
@@ -110,9 +110,7 @@ def quantize_vision(source: Path, target: Path, tiles: Floats) -> str:
         graph = ir.load(source)
         to_dynamic_int8(graph, constant_products(graph), by_row=by_row)
         save_graph(graph, target)
-        found = Differences()
-        found.add_features(expected, _encode(target, tiles))
-        cosine = float(np.mean(found.cosine))
+        cosine = float(cosines(expected, _encode(target, tiles)).mean())
         if cosine >= LEAST_COSINE:
             return f"MatMul in dynamic int8{' by row' if by_row else ''}, one scale per output; the rest float32"
     raise QualityGateFailed(f"the vision graph's cosine in int8 is {cosine:.5f}, at least {LEAST_COSINE} is asked for")
