@@ -11,8 +11,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.decoders import DecoderWriter
+from export.folders import COPIED, check_target, folder_beside, hashes, move_into_place
 from export.graphs import write_embeddings
 from export.quantize import RECIPES, RecipePlan
 from export.vision import halve_vision, quantize_vision, write_vision
@@ -32,10 +31,8 @@ from models.bundle import (
     NAME,
     Bundle,
     ExportFigures,
-    FileEntry,
     Manifest,
     Source,
-    sha256_of,
 )
 from models.errors import BadRequest, NearfarError
 from models.images import tile_image
@@ -45,10 +42,6 @@ from models.prompt import read_template
 from models.replay import FILE, write_replay
 from models.tiny_scenes.scenes import draw_scene
 
-COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
-)  # fmt: skip
 MADE_WITH = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")
 VISION_PICTURES = 3  # pictures that int8 is checked on, one tile each
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8-fast": 2.6, "auto": 2.6}  # on disk, generously; of all others 1.3
@@ -83,10 +76,10 @@ def export_bundle(
         raise BadRequest(f"a model's name has letters, digits, dot, dash and underscore, got {name!r}", param="name")
     if auto_tile_px is not None and auto_tile_px < 1:
         raise BadRequest(f"auto_tile_px must be at least 1, got {auto_tile_px}", param="auto_tile_px")
-    _check_target(source, out, overwrite)
+    check_target(source, out, mark=MANIFEST, overwrite=overwrite)
     checkpoint, plan = load_checkpoint(source, adapter), RECIPES[recipe]
     processing = replace(checkpoint.processing, auto_tile_px=auto_tile_px or checkpoint.processing.auto_tile_px)
-    with _folder_beside(out) as folder:
+    with folder_beside(out) as folder:
         _check_space(checkpoint, recipe, folder)
         _write_texts(checkpoint, folder)
         vision_in_words = _write_vision_and_embeddings(checkpoint, plan, folder / "onnx", show_progress)
@@ -111,44 +104,15 @@ def export_bundle(
         vision = measured.graphs["vision_encoder"].model_copy(update={"weights": vision_in_words})
         graphs = measured.graphs | {"vision_encoder": vision}
         manifest = measured.model_copy(
-            update={"graphs": graphs, "files": _hashes(folder), "replay": FILE, "export": taken}
+            update={"graphs": graphs, "files": hashes(folder), "replay": FILE, "export": taken}
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        _move_into_place(folder, out)
+        move_into_place(folder, out)
     return manifest
 
 
 def _source_name(source: Path, adapter: Path | None) -> str:
     return source.name if adapter is None else f"{source.name} with adapter {adapter.resolve().name}"
-
-
-def _check_target(source: Path, out: Path, overwrite: bool) -> None:
-    if out == source or out in source.parents:
-        raise BadRequest(f"{out} holds the source, which would be lost", param="out")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise BadRequest(f"{out} is a file", param="out")
-    if not overwrite and not (out / MANIFEST).is_file() and any(out.iterdir()):
-        raise BadRequest(f"{out} exists and is no bundle", param="out")
-
-
-@contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder on the same file system as `out`, gone afterwards unless it was moved.
-
-    Raises NearfarError where the system refuses to write: a full disk, no permission.
-    """
-    folder = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield folder
-    except OSError as error:
-        raise NearfarError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(checkpoint: Checkpoint, recipe: str, folder: Path) -> None:
@@ -159,20 +123,6 @@ def _check_space(checkpoint: Checkpoint, recipe: str, folder: Path) -> None:
     if free < needed:
         have = f"{folder.parent} has {free / 1e6:,.0f} MB free"
         raise NearfarError(f"the bundle needs about {needed / 1e6:,.0f} MB of disk, {have}")
-
-
-def _move_into_place(folder: Path, out: Path) -> None:
-    folder.chmod(0o755)  # mkdtemp makes it for this user alone
-    if not out.exists():
-        folder.rename(out)
-        return
-    with _folder_beside(out) as aside:
-        old = out.rename(aside / "old")
-        try:
-            folder.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
 
 
 def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
@@ -225,11 +175,3 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     split = {data.name.removesuffix("_data"): 1 for data in sorted((folder / "onnx").glob("*_data"))}
     config["transformers.js_config"] = {"use_external_data_format": split}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _hashes(folder: Path) -> dict[str, FileEntry]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder).as_posix()): FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
-        for path in files
-    }

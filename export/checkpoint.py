@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
+from export.checkpoint_files import (
+    CheckpointError,
+    StoredWeight,
+    check_config,
+    is_weight,
+    read_json,
+    sha256_together,
+    stored_weights,
+    weight_files,
+)
 from models.adopt import read_processing, read_stop_tokens, read_tokenizer
 from models.bundle import Shapes
-from models.errors import NearfarError
 from models.images import ImageProcessing
 from models.prompt import IMAGE, PromptRenderer
 from models.tokenizer import TextTokenizer
 
 MODEL_CLASSES = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics3ForConditionalGeneration}
-TEXT_MODEL_TYPES = ("llama", "smollm3")
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LARGE_PARAMETERS = 10**9  # from here on weights stay as they lie on disk, memory-mapped
 ADAPTER_SETTINGS = "adapter_config.json"
 LORA_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -40,13 +44,6 @@ LORA_VALUES = {  # the other ways to begin (pissa, olora, corda, loftq) change t
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",),
     "megatron_core": ("megatron.core",),
 }  # fmt: skip
-
-
-class CheckpointError(NearfarError):
-    """A checkpoint folder that cannot be exported. The message says what is wrong with which file."""
-
-    status = 400
-    type = "checkpoint_error"
 
 
 class FullTileEmbeddings(nn.Module):
@@ -90,10 +87,10 @@ def load_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
 
     Raises CheckpointError where either is not what it should be, or cannot be exported.
     """
-    config = _read_json(folder, "config.json")
-    _check_config(config, folder)
-    weights = _weight_files(folder)
-    stored = _stored_weights(weights)
+    config = read_json(folder, "config.json")
+    check_config(config, folder)
+    weights = weight_files(folder)
+    stored = stored_weights(weights)
     precision = _precision(stored)
     model = _load_model(MODEL_CLASSES[config["model_type"]], folder, precision, stored)
     if adapter is not None:
@@ -106,7 +103,7 @@ def load_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
     vision.embeddings = FullTileEmbeddings(vision.embeddings)
     settings = "preprocessor_config.json"
     tile_px = model.config.vision_config.image_size
-    processing = read_processing(_read_json(folder, settings), folder / settings, tile_px)
+    processing = read_processing(read_json(folder, settings), folder / settings, tile_px)
     tokenizer = read_tokenizer(folder)
     if IMAGE not in tokenizer.special_tokens() or tokenizer.marker(IMAGE) != model.config.image_token_id:
         raise CheckpointError(f"{folder}: {IMAGE} in tokenizer.json is not config.json's image_token_id")
@@ -118,87 +115,15 @@ def load_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
         prompts=PromptRenderer.from_folder(folder, tokenizer, shapes.image_tokens_per_tile),
         shapes=shapes,
         processing=processing,
-        weights_sha256=_sha256_together(weights),
+        weights_sha256=sha256_together(weights),
     )
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / name).read_text())
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {name} cannot be read") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder / name} is not JSON") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / name} holds no JSON object")
-    return content
-
-
-def _check_config(config: dict[str, Any], folder: Path) -> None:
-    if "auto_map" in config:
-        raise CheckpointError(f"{folder}: its model is code of its own (auto_map), and remote code is never run")
-    if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantized already: export the original weights")
-    if config.get("model_type") not in MODEL_CLASSES:
-        known = " or ".join(MODEL_CLASSES)
-        raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, only {known} can be exported")
-    text = config.get("text_config", {})
-    if not isinstance(text, dict) or text.get("model_type", "llama") not in TEXT_MODEL_TYPES:
-        raise CheckpointError(f"{folder}: only text models of type {' or '.join(TEXT_MODEL_TYPES)} can be exported")
-    if "sliding_attention" in (text.get("layer_types") or ()):
-        raise CheckpointError(f"{folder}: a text model with sliding attention cannot be exported")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files in name order."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = _read_json(folder, index.name).get("weight_map")
-        names = set(map(str, named.values())) if isinstance(named, dict) else set()
-        missing = [name for name in sorted(names) if Path(name).name != name or not (folder / name).is_file()]
-        if missing or not names:
-            raise CheckpointError(f"{index} names no file or one that is not there: {', '.join(missing)}")
-        return [folder / name for name in sorted(names)]
-    if any(True for pattern in PICKLED for _ in folder.glob(pattern)):
-        raise CheckpointError(f"{folder} holds its weights as pickle, which can run code: convert them to safetensors")
-    raise CheckpointError(f"{folder} has no model.safetensors")
-
-
-class StoredWeight(NamedTuple):
-    """What a safetensors header says of a weight."""
-
-    kind: str
-    shape: tuple[int, ...]
-
-
-def _is_weight(name: str) -> bool:
-    return name.endswith((".weight", ".bias"))
-
-
-def _stored_weights(files: Sequence[Path]) -> dict[str, StoredWeight]:
-    """Of all files, without buffers. Raises CheckpointError for a damaged file and for weights that are no floats."""
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in filter(_is_weight, opened.keys()):
-                    weight = opened.get_slice(name)
-                    found[name] = StoredWeight(weight.get_dtype(), tuple(weight.get_shape()))
-        except Exception as error:  # the library's own kind, straight from Exception, and OSError
-            raise CheckpointError(f"{file} does not load: {str(error).splitlines()[0][:300]}") from error
-    strange = sorted({weight.kind for weight in found.values()} - PRECISIONS.keys())
-    if strange:
-        raise CheckpointError(f"{files[0].parent} has weights of type {', '.join(strange)}")
-    return found
 
 
 def _precision(stored: Mapping[str, StoredWeight]) -> torch.dtype:
     """What to load the weights in."""
     kinds = {weight.kind for weight in stored.values()}
     large = sum(math.prod(weight.shape) for weight in stored.values()) >= LARGE_PARAMETERS
-    return PRECISIONS[kinds.pop()] if large and len(kinds) == 1 else torch.float32
+    return DTYPES[kinds.pop()] if large and len(kinds) == 1 else torch.float32
 
 
 def _load_model(model_class: Any, folder: Path, precision: torch.dtype, stored: Mapping[str, StoredWeight]) -> Any:
@@ -214,7 +139,7 @@ def _load_model(model_class: Any, folder: Path, precision: torch.dtype, stored: 
         found, expected = list(stored[name].shape), list(model.get_parameter(name).shape)
         raise CheckpointError(f"{folder}: {name} has shape {found}, config.json asks for {expected}")
     # Buffers of older versions, such as inv_freq, may be left over. A weight without a place is another architecture.
-    unread = list(filter(_is_weight, report["unexpected_keys"]))
+    unread = list(filter(is_weight, report["unexpected_keys"]))
     for what, names in (("missing", report["missing_keys"]), ("unknown to config.json", unread)):
         if names:
             raise CheckpointError(f"{folder}: {len(names)} weights are {what}, the first is {min(names)}")
@@ -260,7 +185,7 @@ def _merge_adapter(model: Any, folder: Path) -> list[Path]:
     config = _adapter_config(folder)
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {file.name}; adapters stored as pickle are refused")
-    _stored_weights([file])
+    stored_weights([file])
     factors = load_file(file)
     for name in sorted(factors):
         found = LORA_FACTOR.fullmatch(name)
@@ -282,7 +207,7 @@ def _merge_adapter(model: Any, folder: Path) -> list[Path]:
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder, ADAPTER_SETTINGS)
+    config = read_json(folder, ADAPTER_SETTINGS)
     if config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(f"{folder / ADAPTER_SETTINGS} describes no LoRA adapter")
     for key, value in config.items():
@@ -308,12 +233,3 @@ def _shapes(model: Any, tokenizer: TextTokenizer, folder: Path) -> Shapes:
         stop_token_ids=read_stop_tokens(model.generation_config.to_dict(), tokenizer, folder),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-
-
-def _sha256_together(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while block := opened.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()

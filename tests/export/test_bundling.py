@@ -256,7 +256,7 @@ def test_a_bundle_says_what_making_it_took(exported: dict[str, Bundle]) -> None:
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, embedded_checkpoint: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(BadRequest, match="is no bundle"):
+    with pytest.raises(BadRequest, match="no earlier export"):
         export_bundle(embedded_checkpoint, recipe="fp32", out=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from export import checkpoint
 from export.bundling import export_bundle
-from export.checkpoint import CheckpointError, load_checkpoint
+from export.checkpoint import load_checkpoint
+from export.checkpoint_files import CheckpointError
 from models.errors import BadRequest, NearfarError
 
 
