@@ -6,7 +6,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint co
 SOURCES = $(shell find models export comparisons serving -type f -not -path '*/__pycache__/*' -not -path '*/checkpoint/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-slow format bundles clean programs
+.PHONY: help demo test check check-slow commands format bundles clean programs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ check: .venv-test/.installed  ## everything before a commit: formatting, lint, t
 
 check-slow: .venv-test/.installed  ## the tests marked slow
 	.venv-test/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+commands: .venv-test/.installed  ## the documentation's commands that no test runs, and why
+	@.venv-test/bin/python -m tests.readmes
 
 format: .venv-test/.installed  ## format, and repair what lint can repair
 	.venv-test/bin/ruff format .

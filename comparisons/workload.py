@@ -31,7 +31,7 @@ class Inputs:
     local_s: float = _input(
         10.2,
         "s an image",
-        "README: a picture of 17 tiles and 64 tokens of answer, SmolVLM2-256M's shape in int8-fast on two cores",
+        "serving/bench/README.md: 17 tiles, 64 tokens of answer, SmolVLM2-256M's shape in int8-fast on two cores",
         least=1e-4,
         most=1e6,
     )

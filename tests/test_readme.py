@@ -1,95 +1,184 @@
-"""README's commands are run, and what it says lies in the tree lies there."""
+"""Every command of every README.md is run, or says what it needs; files, links and names in them are there."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from serving.child import child_service
+from serving.settings import Settings
+from tests.readmes import PROGRAMS, ROOT, Fence, Unknown, check_nearfar, fences, inline_commands, prose, readmes
 from tests.serving.conftest import RunningService, running
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
+ADDRESS = "http://127.0.0.1:8000"
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+SHIMS = {
+    "nearfar": f'exec "{sys.executable}" -m serving.cli "$@"',
+    "python": f'exec "{sys.executable}" "$@"',
+    "pytest": f'exec "{sys.executable}" -m pytest "$@"',
+    "curl": 'exec /usr/bin/env PATH="${PATH#*:}" curl --fail "$@"',
+}
+RUN = [
+    pytest.param(fence, id=str(fence), marks=[pytest.mark.slow, pytest.mark.timeout(3600)] if fence.is_slow else [])
+    for fence in fences("sh")
+    if fence.script
 ]
-
-
-def commands(program: str) -> list[str]:
-    return [command for command in COMMANDS if shlex.split(command, comments=True)[0] == program]
-
-
-def runs_here(command: str) -> bool:
-    """Not where it serves until it is stopped, nor where README says what it needs that is not here."""
-    return " serve" not in command and "# needs " not in command
-
-
-def test_every_command_is_of_a_kind_that_is_tested_here() -> None:
-    assert {shlex.split(command, comments=True)[0] for command in COMMANDS} == {"make", "curl", "nearfar"}
-
-
-@pytest.mark.parametrize("command", commands("make"))
-def test_make_knows_its_targets(command: str) -> None:
-    # Not run: `make test` is what runs this test, and `make demo` installs; test_cli.py runs the demo itself.
-    run = subprocess.run([*shlex.split(command, comments=True), "-n"], cwd=ROOT, capture_output=True, check=False)
-    assert run.returncode == 0
-
-
-@pytest.mark.parametrize("command", [command for command in commands("nearfar") if runs_here(command)])
-def test_commands_without_a_server_succeed(command: str) -> None:
-    arguments = shlex.split(command, comments=True)[1:]
-    run = subprocess.run(
-        [sys.executable, "-m", "serving.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
+EVERY_COMMAND = [command.text for fence in fences("sh") for command in fence.commands]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> RunningService:
-    """With the routes that README declares."""
-    declared = next(block for block in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[routes]" in block)
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """With the routes that serving/README.md declares."""
+    declared = next(fence.text for fence in fences("toml") if "[routes]" in fence.text)
     file = tmp_path_factory.mktemp("readme") / "nearfar.toml"
     file.write_text(declared)
     with running(config=file) as started:
         yield started.ready()
 
 
-@pytest.mark.parametrize("command", commands("curl"))
-def test_curl_gets_an_answer(service: RunningService, command: str) -> None:
-    arguments = shlex.split(command.replace("http://127.0.0.1:8000", service.url))
-    run = subprocess.run([*arguments, "--fail"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout
-    assert run.stdout.startswith("# HELP nearfar_" if command.endswith("/metrics") else "{")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks like the tree: what a command writes lands there. The programs named lie beside it."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, line in SHIMS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    look_alike = tmp_path / "tree"
+    look_alike.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in (".git", ".venv", ".venv-test"):
+            (look_alike / path.name).symlink_to(path)
+    return look_alike
 
 
-@pytest.mark.parametrize("command", commands("nearfar"))
-def test_options_of_every_command_exist(command: str) -> None:
-    name, *arguments = shlex.split(command, comments=True)[1:]
-    options = [argument for argument in arguments if argument.startswith("--")]
-    shown = subprocess.run(
-        [sys.executable, "-m", "serving.cli", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout
-    assert all(option in shown for option in options)
+@pytest.mark.parametrize("fence", RUN)
+def test_the_commands_of_a_fence_succeed(fence: Fence, folder: Path, service: RunningService) -> None:
+    serving = [command for command in fence.script if command.startswith("nearfar serve")]
+    for command in serving:
+        with child_service(*shlex.split(command, comments=True)[2:]):
+            pass  # it became ready
+    others = [command for command in fence.script if command not in serving]
+    environment = os.environ | {
+        "PATH": f"{folder.parent / 'programs'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "120",
+    }
+    script = "\n".join(others).replace(ADDRESS, service.url)
+    command = ["bash", "-euxo", "pipefail", "-c", script]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert run.stdout.strip() or not others
 
 
-def test_the_file_tree_is_the_tree() -> None:
-    tree = re.search(r"## Where things are\n\n```\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_stands_in_a_fence_that_says_sh_or_in_a_sentence(path: Path) -> None:
+    hidden = re.compile(rf"^\s*(\$ )?({'|'.join(PROGRAMS)}) ", re.MULTILINE)
+    name = str(path.relative_to(ROOT))
+    assert not [str(fence) for fence in fences("") if fence.file == name and hidden.search(fence.text)]
+    assert not re.search(rf"^ {{4,}}({'|'.join(PROGRAMS)}) ", prose(path), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_sentence_calls_a_command_is_one(path: Path) -> None:
+    for text in inline_commands(path):
+        check(text)
+
+
+def test_every_command_and_option_in_a_fence_exists() -> None:
+    for text in EVERY_COMMAND:
+        check(text)
+
+
+def check(text: str) -> None:
+    """Commands, options, modules, make's targets and extras that a command names are there."""
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError:  # half of a quotation, in a sentence
+        words = text.split()
+    program = words[0].rpartition("/")[2]
+    if program == "nearfar":
+        check_nearfar(words[1:])
+    elif program == "make":
+        targets = [word for word in words[1:] if re.fullmatch(r"[a-z-]+", word)]
+        assert set(targets) <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)), text
+    elif program == "python" and words[1:2] == ["-m"] and words[2].partition(".")[0] in ("models", "export", "tests"):
+        assert importlib.util.find_spec(words[2]), text
+    for extras in re.findall(r"(?:nearfar|\.)\[([\w,-]+)\]", text):
+        assert set(extras.split(",")) <= EXTRAS.keys(), text
+
+
+def test_a_made_up_command_is_found_out() -> None:
+    for words in (["paint"], ["records", "paint"], ["serve", "--paint"], ["egress", "verify", "--paint=red"]):
+        with pytest.raises(Unknown):
+            check_nearfar(words)
+    check_nearfar(["records", "list|show", "--json"])
+
+
+@pytest.mark.parametrize("fence", fences("toml"), ids=str)
+def test_settings_shown_are_settings(fence: Fence, tmp_path: Path) -> None:
+    file = tmp_path / "nearfar.toml"
+    file.write_text(fence.text)
+    assert Settings(config=file)
+
+
+@pytest.mark.parametrize("fence", fences("json"), ids=str)
+def test_json_shown_is_json(fence: Fence) -> None:
+    assert json.loads(fence.text)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of every heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)) if not link.startswith("http")]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name) if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_file_tree_is_the_tree(path: Path) -> None:
+    for tree in re.findall(r"^## Where things are\n\n```\n(.*?)```", path.read_text(), re.MULTILINE | re.DOTALL):
+        missing = [named for named in named_in(tree, path.parent) if not named.exists()]
+        assert not missing
+
+
+def test_every_folder_of_the_product_is_in_the_file_tree() -> None:
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert tree
+    wanted = {ROOT / "tests"}
+    for package in ("models", "export", "comparisons", "serving"):
+        files = [path for suffix in ("*.py", "*.js", "README.md") for path in (ROOT / package).rglob(suffix)]
+        wanted |= {path.parent for path in files if "__pycache__" not in path.parts}
+    assert wanted <= set(named_in(tree[1], ROOT))
+
+
+def named_in(tree: str, root: Path) -> Iterator[Path]:
+    """Files and folders that a drawn tree names: what a line names lies in the folder that is indented less."""
     folders: list[tuple[int, Path]] = []
-    for line in tree[1].splitlines():
+    for line in tree.splitlines():
         indent = len(line) - len(line.lstrip())
         while folders and folders[-1][0] >= indent:
             folders.pop()
-        above = folders[-1][1] if folders else ROOT
+        above = folders[-1][1] if folders else root
         for name in re.split(r"\s{2,}", line.strip())[0].split():
-            assert (above / name).exists(), f"{above / name} is in README and not in the tree"
+            yield above / name
             if name.endswith("/"):
                 folders.append((indent, above / name))
