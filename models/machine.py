@@ -36,6 +36,18 @@ def processor() -> Processor:
     return Processor(name, tuple(each for each in INSTRUCTION_SETS if each in flags))
 
 
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    name, instruction_sets = processor()
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "instruction_sets": list(instruction_sets),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
 def available_memory_bytes() -> int | None:
     """What a process may still take: the system's estimate, bounded by a container's limit. None: not known here."""
     try:

@@ -59,18 +59,10 @@ from serving.hosted.providers import Provider
 from serving.hosted.rows import PROVIDERS, absent, alias_notice, available, parse_endpoint, with_aliased
 from serving.keys import KeyRing
 from serving.ledger import Ledger
+from serving.local_models import aliases, local_bundles, model_folders
 from serving.metrics import Metrics
 from serving.power import find_meters
-from serving.pull import (
-    aliases,
-    default_models,
-    fetch,
-    local_bundles,
-    model_folder,
-    plan_pull,
-    reject,
-    wanted,
-)
+from serving.pull import fetch, plan_pull, reject, wanted
 from serving.records import Asked, Records, bundle_versions
 from serving.routes.table import Routes
 from serving.settings import Settings
@@ -353,12 +345,6 @@ async def in_daemon_thread(work: Callable[..., Result], *arguments: Any, **optio
 
     threading.Thread(target=run, name="nearfar-pull", daemon=True).start()
     return await outcome
-
-
-def model_folders(settings: Settings) -> list[Path]:
-    """Bundle folders of the named models; without names, of all here that fit into memory. Raises NotFound."""
-    named = [model_folder(name, settings) for name in settings.models]
-    return named or [bundle.folder for bundle in default_models(settings).bundles]
 
 
 def create_app(settings: Settings, environment: Mapping[str, str] | None = None) -> FastAPI:

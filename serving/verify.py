@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from models import quality
 from models.bundle import MANIFEST, Bundle, sha256_of
 from models.errors import BadRequest, BundleError, Unavailable
 from models.images import decode_image
 from models.loaded_model import LoadedModel
+from models.machine import machine
 from models.onnx_model import RUNTIME
 from models.request import question
-from serving.bench.run import machine
 from serving.engine.prepare import prepare
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 QUICK_S = 20.0  # for all of a quick check, on whatever machine
 REFERENCE_SHARE = 0.55  # of that time: float32 is the slower of the two
@@ -133,6 +134,8 @@ def verify_bundle(
 
     Raises BadRequest where the reference is not fp32 or not of the same weights, BundleError where one does not load.
     """
+    from rich.progress import Progress  # for the command line: a server has this module and shows no bar
+
     begun = clock()
     tokens = QUICK_ANSWER_TOKENS if quick else ANSWER_TOKENS
     compared = Bundle.read(reference) if reference else None

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "export", "comparisons", "serving")
 # The plan was 60 modules and 9,000 lines. Part 2 took 72 and 12,200, part 3 adds batching, caches, dialects, tools and
 # operations, part 4 a second hosted protocol with tools, caches and facts, routes, budgets, a ledger and calibration,
-# part 5 records, statistics, data sets, votes, break-even and a report: these bounds are there so that growth is a
-# decision, written here, and not an accident.
-MAX_MODULES = 167
-MAX_LINES = 30_200
+# part 5 records, statistics, data sets, votes, break-even and a report, part 6 replicas, fine-tuning, MLX and small
+# devices: these bounds are there so that growth is a decision, written here, and not an accident.
+MAX_MODULES = 200
+MAX_LINES = 33_500
 
 # First-party imports run one way.
 MAY_IMPORT = {
@@ -46,7 +46,7 @@ HOMES = {
     "fastapi": ("serving.api", "serving.app"),
     "starlette": ("serving.api", "serving.app"),
     "uvicorn": ("serving.cli",),
-    "typer": ("serving.cli", "serving.console", "serving.evaluate_cli", "serving.records_cli"),
+    "typer": ("serving.cli",),
     "sqlalchemy": ("comparisons.ballots", "comparisons.store", "comparisons.database", "comparisons.schema"),
     "tomlkit": ("serving.calibration",),
     "anthropic": ("serving.hosted",),
@@ -116,7 +116,7 @@ def offences(source: str, module: str, *, is_package: bool = False) -> list[str]
     found = []
     for imported in imports_of(source, module, is_package=is_package):
         top = imported.module.partition(".")[0]
-        through_door = (module, top) == LAZY_DOOR and imported.lazy
+        through_door = lies_in(module, [LAZY_DOOR[0]]) and top == LAZY_DOOR[1] and imported.lazy
         other_rooms = [other for other in ROOMS if room and other != room]
         if top in PACKAGES and top not in MAY_IMPORT[own] and not through_door:
             why = f"{own} may not import {top}"
@@ -156,8 +156,8 @@ def test_imports_run_one_way_and_heavy_dependencies_stay_in_their_homes() -> Non
         ("comparisons.cost", "from export import quantize", "comparisons may not import export"),
         ("export.graphs", "import comparisons.runner", "export may not import comparisons"),
         ("serving.app", "def late():\n    import export", "serving may not import export"),
-        ("serving.cli", "from export.bundling import export_bundle", "serving may not import export"),
-        ("serving.cli", "if True:\n    import export", "serving may not import export"),
+        ("serving.cli.models", "from export.bundling import export_bundle", "serving may not import export"),
+        ("serving.cli.models", "if True:\n    import export", "serving may not import export"),
         ("serving.engine.loop", "from serving.api.errors import error_object", "may not know serving.api"),
         ("serving.engine.loop", "from serving import hosted", "may not know serving.hosted"),
         ("serving.engine.loop", "from ..hosted import providers", "may not know serving.hosted"),
@@ -180,7 +180,7 @@ def test_a_made_up_offence_is_found(module: str, source: str, part: str) -> None
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("serving.cli", "def export():\n    from export.bundling import export_bundle"),
+        ("serving.cli.models", "def export():\n    from export.bundling import export_bundle"),
         ("serving.app", "from serving.api import infer\nfrom serving.engine import local\nfrom fastapi import FastAPI"),
         ("serving.engine.loop", "from .sequence import Sequence\nfrom comparisons.cost import LOCAL_COST"),
         ("models.tiny_scenes.train", "import torch"),

@@ -19,8 +19,8 @@ from serving.api.caller import choose, policy_of
 from serving.api.schemas import catalog_objects, resident_object
 from serving.api.security import SECURITY_HEADERS, require_key
 from serving.api.streaming import unless_client_leaves
+from serving.local_models import local_bundles
 from serving.metrics import CONTENT_TYPE
-from serving.pull import local_bundles
 from serving.targets import allows
 
 router = APIRouter()

@@ -5,8 +5,6 @@ Every system runs in the same run on the same machine, one after the other, so t
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.bundle import Bundle
-from models.machine import processor
+from models.machine import machine
 from models.memory import need_of, total_bytes
 from serving.bench.engine import BundleContestant, Contestant, Scale, row_in_words, run_scales
 from serving.bench.load import Limits, Load, run_load, text_question
@@ -127,18 +125,6 @@ def counted_bytes(folder: Path) -> int:
     """What the memory budget counts for a service with that one model and one request at a time, over its context."""
     wanted = need_of(Bundle.read(folder))
     return total_bytes([wanted], 1, wanted.max_positions)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    name, instruction_sets = processor()
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "instruction_sets": list(instruction_sets),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-    }
 
 
 def bench_table(result: dict[str, Any], console: Console) -> None:

@@ -13,7 +13,7 @@ from models.catalog import ALIASES, NOT_VERIFIED, ROWS
 from models.errors import NotFound
 from models.memory import LEAST_CONTEXT, need_of, total_bytes
 from models.tiny_scenes import BUNDLES
-from serving.pull import default_models, local_bundles, model_folder
+from serving.local_models import default_models, local_bundles, model_folder
 from serving.settings import Settings
 from tests.serving.conftest import running
 from tests.serving.test_cli import PICTURE, nearfar

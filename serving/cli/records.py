@@ -1,29 +1,25 @@
-"""`nearfar records`, `replay`, `verdict` and `calibrate`: the comparisons of this machine's store, whoever asked."""
+"""`nearfar records` and `replay`: the comparisons of this machine's store, whoever asked."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from comparisons.calibration import Goal
-from comparisons.decision import VOLUME
 from comparisons.records import Record
 from comparisons.store import MAX_PAGE, Filter, Store
 from models.errors import NearfarError
 from models.request import Task
-from serving.console import ConfigOption, JsonFlag, fail, settings_from
+from serving.cli.console import ConfigOption, JsonFlag, fail, settings_from
 from serving.records import Records, exported, record_object, seconds_of, summary_object
-from serving.settings import Settings, settings_file
-from serving.verdicts import decided, decision_object
 
 app = typer.Typer(help="List, show, export and delete the comparisons that were kept.", no_args_is_help=True)
 TargetOption = Annotated[str | None, typer.Option(help="those with an arm of this target")]
@@ -61,7 +57,7 @@ def listing(
     """The newest comparisons, of all keys."""
     from serving.tables import records_table
 
-    where = _where(target, task, correct, since, until)
+    where = where_of(target, task, correct, since, until)
     with opened(config) as store:
         page = store.page(where, limit=limit)
     rows = [summary_object(record) for record in page.records]
@@ -105,7 +101,7 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """All comparisons that fit, to stdout."""
-    where = _where(target, task, correct, since, until)
+    where = where_of(target, task, correct, since, until)
     with opened(config) as store:
         for piece in exported(store.all(where), form):
             print(piece, end="")
@@ -182,100 +178,6 @@ def replay(
         difference_table(found, Console())
 
 
-def calibrate(
-    route: Annotated[
-        str | None, typer.Argument(help="a route of nearfar.toml: its first target, and the next where that is unsure")
-    ] = None,
-    local: Annotated[str | None, typer.Option(help="without a route: the local target")] = None,
-    hosted: Annotated[str | None, typer.Option(help="without a route: the target that unsure questions go to")] = None,
-    target_error: Annotated[
-        float | None, typer.Option(help="largest share of wrong answers; the fewest questions go on that keep it")
-    ] = None,
-    max_cloud_rate: Annotated[
-        float | None, typer.Option(help="largest share of questions that go on; the most that keep it do")
-    ] = None,
-    sureness: Annotated[float, typer.Option(help="with which the bound holds for questions to come")] = 0.9,
-    task: Annotated[Task, typer.Option(help="a threshold holds for one task alone")] = "vqa",
-    seed: Annotated[int, typer.Option(help="of the parting into records to fit and to report on")] = 0,
-    page: Annotated[Path | None, typer.Option("--html", help="write figures and curves as one HTML page")] = None,
-    write: Annotated[bool, typer.Option("--write", help="put it into the route in the settings file")] = False,
-    config: ConfigOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """From which confidence on a local answer may stay, out of one's own comparisons with a reference.
-
-    Fitted on half of the records and reported on the others: wrong answers, questions that go to the hosted model and
-    dollars, each with its interval.
-    """
-    from serving.calibration import calibrated, evidence_of, write_page, written
-
-    settings = settings_from(config=config)
-    first, second = _two_targets(settings, route, local, hosted)
-    file = settings_file(settings.config)
-    if write and (route is None or file is None):
-        fail("--write needs a route, and the settings file that has it", status=2)
-    try:
-        goal = Goal(target_error=target_error, max_cloud_rate=max_cloud_rate, sureness=sureness)
-    except NearfarError as error:
-        fail(f"{error.message}: --target-error or --max-cloud-rate", status=2)
-    with opened(config) as store:
-        evidence = evidence_of(store.all(Filter(task=task), whole=False), local=first, hosted=second, task=task)
-        made = calibrated(evidence, goal, seed=seed, day=datetime.now(UTC).date())
-        if write and route and file:
-            written(file, route, made.hop())
-    if page:
-        page.write_text(write_page(made))
-    print(json.dumps(made.object(), indent=2) if as_json else "\n".join([*made.lines(), *_section(made.hop(), route)]))
-
-
-def _two_targets(
-    settings: Settings, route: str | None, local: str | None, hosted: str | None
-) -> tuple[str, str | None]:
-    if route is None:
-        if local is None:
-            fail("name a route of nearfar.toml, or --local and --hosted", status=2)
-        return local, hosted and settings.aliases.get(hosted, hosted)
-    row = settings.routes.get(route)
-    if row is None or local or hosted:
-        fail(f"{settings_file(settings.config) or 'nearfar.toml'} has no route {route}" if row is None
-             else "a route has its own targets: leave --local and --hosted out", status=2)  # fmt: skip
-    names = [settings.aliases.get(hop.target, hop.target) for hop in row.hops[:2]]
-    return names[0], names[1] if len(names) > 1 else None
-
-
-def _section(hop: Mapping[str, Any], route: str | None) -> list[str]:
-    """For nearfar.toml, as --write puts it there."""
-    from serving.calibration import inline
-
-    return ["", "[routes]", f"{route or 'NAME'} = [{inline(hop).as_string()}, ...]  # the next target behind it"]
-
-
-def verdict(
-    targets: Annotated[
-        str | None, typer.Option(help="two names, comma-separated  [default: the most compared]")
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(help="as quality=1,cost=0.2; of quality, reliability, speed, cost, privacy")
-    ] = "",
-    volume: Annotated[int, typer.Option(help="inputs a month, for the buyer")] = VOLUME,
-    task: TaskOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    config: ConfigOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Which of two targets to ship, from the comparisons that were kept, and what speaks against it."""
-    from serving.tables import decision_table
-
-    where = _where(None, task, None, since, until)
-    with opened(config) as store:
-        found = decision_object(decided(store, where, targets=targets, weights=weights, volume=volume))
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=2))
-    else:
-        decision_table(found, Console())
-
-
 def _found(store: Store, record_id: str) -> Record:
     record = store.get(record_id)
     if record is None:
@@ -283,7 +185,7 @@ def _found(store: Store, record_id: str) -> Record:
     return record
 
 
-def _where(
+def where_of(
     target: str | None, task: Task | None, correct: bool | None, since: datetime | None, until: datetime | None
 ) -> Filter:
     return Filter(target=target, task=task, correct=correct, since=seconds_of(since), until=seconds_of(until))

@@ -13,6 +13,18 @@ from models.errors import NearfarError
 from serving.settings import Settings
 
 ConfigOption = Annotated[Path | None, typer.Option(help="settings file  [default: nearfar.toml here, if there is one]")]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="model name or bundle folder; repeatable, the first is the default"),
+]
+FileArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="picture (JPEG, PNG, WebP, GIF), video (MP4, WebM) or document (PDF, TIFF), by content"
+    ),
+]
+YesFlag = Annotated[bool, typer.Option("--yes", "-y", help="fetch an absent model without asking")]
+OfflineFlag = Annotated[bool, typer.Option("--offline", help="fetch nothing: only what is on this machine")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON; where HTTP has the same, its object")]
 
 

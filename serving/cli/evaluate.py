@@ -23,7 +23,7 @@ from models.errors import InvalidValue, NearfarError
 from models.images import Detail
 from models.reduction import settled
 from models.request import Policy, Task
-from serving.console import JsonFlag, fail, settings_from
+from serving.cli.console import JsonFlag, fail, settings_from
 from serving.settings import Settings
 
 if TYPE_CHECKING:

@@ -1,0 +1,5 @@
+"""`python -m serving.cli` is `nearfar`."""
+
+from serving.cli import main
+
+main()
