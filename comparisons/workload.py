@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from comparisons.cost import price, rates
+from comparisons.statistics import wilson
 from models.errors import InvalidValue
 from models.events import Usage
 
@@ -110,11 +111,16 @@ class Model(NamedTuple):
         return f"{self.provider}/{self.name}"
 
 
-def hosted_arms(models: Iterable[Model], inputs: Inputs) -> list[Arm]:
+def hosted_arms(
+    models: Iterable[Model], inputs: Inputs, accepted: Mapping[str, tuple[int, int]] | None = None
+) -> list[Arm]:
     """The cheapest and the best model of each provider, at once, in a batch and with the instruction read from a cache.
 
-    The dearest stands for the best: what it is worth is for a comparison to say. Last, the reviews' figure.
+    `accepted`: by target, how many of how many inputs it was right about. Where two of a provider's models were tried,
+    the one whose share is the highest with certainty is the best; else the dearest stands for it. Last, the reviews'
+    figure.
     """
+    tried = {target: wilson(*counts).low for target, counts in (accepted or {}).items() if counts[1]}
     by_provider: dict[str, list[tuple[float, Model]]] = {}
     for model in models:
         usd = _price(model, inputs, "standard")
@@ -123,9 +129,15 @@ def hosted_arms(models: Iterable[Model], inputs: Inputs) -> list[Arm]:
     arms = []
     for priced in by_provider.values():
         ordered = sorted(priced)
+        measured = [model for _, model in ordered if model.target in tried]
         chosen = {"cheapest": ordered[0][1], "best, which is taken to be the dearest": ordered[-1][1]}
         if len(ordered) == 1:
             chosen = {"only": ordered[0][1]}
+        elif len(measured) > 1:
+            best = max(measured, key=lambda model: tried[model.target])
+            chosen = {"cheapest": ordered[0][1], f"best of the {len(measured)} that were measured": best}
+            if best == ordered[0][1]:
+                chosen = {f"cheapest, and best of the {len(measured)} that were measured": best}
         arms += [arm for which, model in chosen.items() for arm in _modes(model, which, inputs)]
     reviews = "what reviews say a picture costs, whatever the model"
     return [*arms, Arm(target="reviews", kind="hosted", inputs=inputs, price_usd=REVIEWS_USD, label=reviews)]

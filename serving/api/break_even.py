@@ -81,7 +81,8 @@ def break_even_object(
         raise InvalidValue(f"there is no input {unknown[0][:64]!r}", param=unknown[0][:64])
     inputs = Inputs(**{**settings, **given})
     local = Arm(target="local", kind="local", inputs=inputs, label="a model on a machine of yours")
-    arms = measured_arms([local, *hosted_arms(models, inputs)], found, inputs, given)
+    accepted = {each.target: (each.accepted, each.checked) for each in found}
+    arms = measured_arms([local, *hosted_arms(models, inputs, accepted)], found, inputs, given)
     result = break_even(arms, inputs)
     return {
         "volume": inputs.volume,

@@ -216,6 +216,22 @@ def test_the_cheapest_and_the_dearest_model_of_each_provider_are_priced_by_the_l
     assert not any(name.startswith("nobody") for name in arms)
 
 
+def test_the_best_model_of_a_provider_is_the_measured_one_once_two_of_them_were_tried() -> None:
+    def labels(accepted: dict[str, tuple[int, int]]) -> dict[str, str]:
+        made = hosted_arms([SONNET, HAIKU], Inputs(), accepted)
+        return {arm.target: arm.label for arm in made if arm.target in (SONNET.target, HAIKU.target)}
+
+    one_tried = labels({HAIKU.target: (20, 20)})
+    assert "taken to be the dearest" in one_tried[SONNET.target]
+    dearest_is_best = labels({SONNET.target: (19, 20), HAIKU.target: (10, 20)})
+    assert "best of the 2 that were measured" in dearest_is_best[SONNET.target]
+    assert "best" not in dearest_is_best[HAIKU.target]
+    # Right about one of one is less sure than right about 19 of 20.
+    cheapest_is_best = labels({SONNET.target: (1, 1), HAIKU.target: (19, 20)})
+    assert list(cheapest_is_best) == [HAIKU.target]
+    assert "cheapest, and best of the 2" in cheapest_is_best[HAIKU.target]
+
+
 @pytest.mark.parametrize("name", [each.name for each in fields(Inputs)])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_what_is_no_sensible_number_is_refused_by_name(name: str, value: float) -> None:
