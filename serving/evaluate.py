@@ -26,7 +26,7 @@ from models.errors import BudgetSpent, Forbidden, InvalidValue, NearfarError, No
 from models.expand import Expansion, expand
 from models.images import read_header
 from models.request import AnswerRequest, GenerationSettings, Policy, TextPart, question
-from serving.app import loaded
+from serving.once import loaded
 from serving.pull import cached_dataset
 from serving.remote import PictureSize, RemoteService, RemoteTarget
 from serving.settings import Settings

@@ -29,7 +29,7 @@ from models.events import (
 from models.images import known_format
 from models.reduction import reduced
 from models.request import AnswerRequest, DocumentPart, ImagePart, JsonFormat, TextPart, VideoPart
-from serving.app import in_daemon_thread
+from serving.services import in_daemon_thread
 
 ANSWER_WITHIN_S = 600.0
 Figures = TypeVar("Figures", Usage, Timings, ImageReport, Memory, Cost, Egress)

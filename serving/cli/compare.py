@@ -36,7 +36,7 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Ask several targets the same and show how answers and figures differ."""
-    from serving.app import compare_once
+    from serving.once import compare_once
     from serving.tables import comparison_table
 
     request = request_from(file, prompt, task, detail, max_tokens, 0.0, None)

@@ -34,7 +34,7 @@ def infer(
     as_json: JsonFlag = False,
 ) -> None:
     """Answer one question about one picture, video or document, on this machine. An absent model is fetched first."""
-    from serving.app import infer_once
+    from serving.once import infer_once
 
     request = request_from(file, prompt, task, detail, max_tokens, temperature, seed)
     folder = model is not None and Path(model).is_dir()

@@ -25,8 +25,8 @@ def break_even(
 ) -> None:
     """Cost of 1,000 accepted images here and at every provider, and the volume from which on here is cheaper."""
     from serving.api.break_even import break_even_object, measured_targets, stated_inputs
-    from serving.app import priced_models
     from serving.hosted.rows import PROVIDERS
+    from serving.services import priced_models
     from serving.tables import break_even_tables
 
     settings = settings_from(config=config)

@@ -137,7 +137,7 @@ def replay(
 
     Its input is the one that was kept, or that you name: the record's hash tells whether it is the same.
     """
-    from serving.app import compare_once
+    from serving.once import compare_once
     from serving.replay import difference, request_of, targets_of, terms_of, with_input
     from serving.tables import difference_table
 

@@ -15,7 +15,7 @@ from comparisons.presets import scene_row
 from comparisons.run_file import RunFile
 from comparisons.scoreboard import Standing, scoreboard
 from models.tiny_scenes.held_out import ROWS, cases
-from serving.app import loaded
+from serving.once import loaded
 from serving.settings import Settings
 
 CLAIMS = {"color": 0.95, "shape": 0.95, "presence": 0.95, "count": 0.95, "number": 0.85}

@@ -165,7 +165,7 @@ async def test_a_request_without_a_price_counts_as_stated_elsewhere_and_as_nothi
 def loopback_openai(wire: WireServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Lets the row of OpenAI, prices included, lead to the wire server. Returns the environment with its key."""
     rows = [replace(row, base_url=f"http://127.0.0.1:{wire.port}/v1") for row in PROVIDERS if row.name == "openai"]
-    monkeypatch.setattr("serving.app.PROVIDERS", rows)
+    monkeypatch.setattr("serving.services.PROVIDERS", rows)
     return {"OPENAI_API_KEY": "sk-far"}
 
 

@@ -18,9 +18,10 @@ from PIL import Image, ImageDraw
 
 from models.loaded_model import LoadedModel
 from models.tiny_scenes import SAMPLES
-from serving.app import Services, create_app
+from serving.app import create_app
 from serving.child import child_service
 from serving.engine.local import LocalEngine
+from serving.services import Services
 from serving.settings import Settings
 
 

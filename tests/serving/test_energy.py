@@ -317,7 +317,7 @@ def test_a_local_answer_costs_what_is_stated_and_its_basis_says_what_is_not(
 
 @pytest.fixture
 def service_with_rapl(powercap: Powercap, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr("serving.app.find_meters", lambda gpu: find_meters(gpu=gpu, powercap=powercap.root))
+    monkeypatch.setattr("serving.services.find_meters", lambda gpu: find_meters(gpu=gpu, powercap=powercap.root))
     with running(models=("tiny-scenes",), electricity=TARIFF) as service:
         yield service.ready()
 
