@@ -18,6 +18,8 @@ from models.errors import InvalidValue, Unavailable
 
 LOCKED_S = 10.0  # how long a write waits for another process's
 ROOM_BYTES = 8 * 2**20  # free on a disk before a comparison begins
+CONNECT_S = 5
+UNANSWERED_S = 10  # how long what was sent to PostgreSQL may stay unacknowledged: Linux alone
 WRITES = "nearfar_writes"  # option of a connection whose transactions write
 log = logging.getLogger("nearfar.store")
 
@@ -53,6 +55,16 @@ def told_plainly(verb: str, is_sqlite: bool) -> Iterator[None]:
             log.error("the records cannot be %s: %s", verb, reason.strip().replace("\n", " "))
             reason = "the database does not answer; the log says how"
         raise Unavailable(f"the records cannot be {verb}: {reason}") from error
+
+
+def within_time(url: URL) -> dict[str, str]:
+    """For a driver to connect with: PostgreSQL on a machine that is gone keeps nobody waiting, TCP alone would for
+    minutes. What the address says itself stands.
+    """
+    if url.get_backend_name() != "postgresql":
+        return {}
+    limits = {"connect_timeout": f"{CONNECT_S}", "tcp_user_timeout": f"{UNANSWERED_S * 1000}"}
+    return {name: limit for name, limit in limits.items() if name not in url.query}
 
 
 def make_private(file: Path) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,51 @@ def programs() -> Path | None:
     return Path(found[0]).parent if found else None
 
 
+@dataclass(kw_only=True)
+class Postgres:
+    """The server's process, which can be ended and begun again over the same data."""
+
+    folder: Path
+    home: Path
+    user: str
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"postgresql://tester:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": self.home}
+        options |= {"fsync": "off"}
+        serve = [
+            self.folder / "postgres",
+            "-D",
+            self.home / "data",
+            *(f"--{n}={value}" for n, value in options.items()),
+        ]
+        with (self.home / "log").open("a") as log:
+            self.process = subprocess.Popen(serve, user=self.user, cwd=self.home, stdout=log, stderr=log)
+        wait_until_it_answers(self.folder, self.port, self.home / "log")
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT cuts all connections, SIGQUIT does so without any order."""
+        if self.process:
+            self.process.send_signal(how)
+            self.process.wait(timeout=20)
+            self.process = None
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
-    """Its address, as the setting `database` takes it. Skips where it is not installed; `make test` installs it."""
+    """Its address, as the setting `database` takes it."""
+    with postgres_server() as server:
+        yield server.address
+
+
+@contextmanager
+def postgres_server() -> Iterator[Postgres]:
+    """A running one. Skips where it is not installed; `make test` installs it."""
     folder = programs()
     if folder is None:
         pytest.skip("postgresql is not installed")
@@ -45,16 +88,12 @@ def postgres() -> Iterator[str]:
             [*make, "--pwfile", home / "password"], user=user, cwd=home, capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr
-        options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": home, "fsync": "off"}
-        serve = [folder / "postgres", "-D", home / "data", *(f"--{name}={value}" for name, value in options.items())]
-        with (home / "log").open("w") as log:
-            process = subprocess.Popen(serve, user=user, cwd=home, stdout=log, stderr=log)
+        server = Postgres(folder=folder, home=home, user=user, port=port)
         try:
-            wait_until_it_answers(folder, port, home / "log")
-            yield f"postgresql://tester:{PASSWORD}@127.0.0.1:{port}/postgres"
+            server.start()
+            yield server
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=20)
+            server.stop()
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
