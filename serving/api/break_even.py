@@ -24,14 +24,15 @@ from serving.settings import Settings
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-def _field(told: Mapping[str, Any]) -> Any:
+def _field(told: Mapping[str, Any], default: Any) -> Any:
     about = ", ".join(filter(None, (told["unit"], told["reason"])))
+    about += "" if default is None else f"; {default:g} where it is left out"
     return Field(None, ge=told["least"], le=told["most"], strict=True, description=about)
 
 
 _MEASURED = Field(False, description="times, right answers, failures and bytes of each target from the records")
 _FIELDS: dict[str, Any] = {"measured": (bool, _MEASURED)} | {
-    each.name: (float | None, _field(each.metadata)) for each in fields(Inputs)
+    each.name: (float | None, _field(each.metadata, each.default)) for each in fields(Inputs)
 }
 BreakEvenBody: type[BaseModel] = create_model(
     "BreakEvenBody",

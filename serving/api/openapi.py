@@ -110,7 +110,7 @@ def _content(path: str, reference: dict[str, Any], schemas: dict[str, Any]) -> d
     def with_files(**files: Any) -> dict[str, Any]:
         return {"schema": {**fields, "properties": fields["properties"] | files}}
 
-    urls = {"type": "array", "items": DATA_URL, "maxItems": MAX_IMAGES}
+    urls = {"type": "array", "items": DATA_URL, "maxItems": MAX_IMAGES, "description": f"at most {MAX_IMAGES}"}
     files = {**urls, "items": FILE}
     return {
         "application/json": {

@@ -146,9 +146,9 @@ class ResponsesBody(Loose):
     include: tuple[str, ...] = ()
     top_logprobs: TopLogprobs = 0
     metadata: dict[str, str] = Field(default_factory=dict)
-    previous_response_id: object = None
-    conversation: object = None
-    background: bool = False
+    previous_response_id: object = Field(None, description="400: nothing is kept here")
+    conversation: object = Field(None, description="400: nothing is kept here")
+    background: bool = Field(False, description="true is 400")
 
     def to_request(self) -> AnswerRequest:
         """The nouns below HTTP. `max_output_tokens` is cut to what any model here can take."""

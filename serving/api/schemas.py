@@ -49,17 +49,17 @@ class QuestionBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str | None = None
-    max_tokens: AtLeastOne = 256
-    temperature: Temperature = 0.0
-    seed: Seed | None = None
-    stream: bool = False
-    detail: Detail = "auto"
-    task: Task = "vqa"
-    policy: Policy | None = None
+    prompt: str | None = Field(None, description="the question; a task other than vqa has one of its own")
+    max_tokens: AtLeastOne = Field(256, description="of the answer, at most")
+    temperature: Temperature = Field(0.0, description="0: the likeliest token each time")
+    seed: Seed | None = Field(None, description="the same answer again, where one is drawn")
+    stream: bool = Field(False, description="as server-sent events")
+    detail: Detail = Field("auto", description="how finely pictures are cut into tiles")
+    task: Task = Field("vqa", description="what the prompt is for; all but vqa bring a default one")
+    policy: Policy | None = Field(None, description="tighter than the server's and the key's")
     reduce: Reduction | None = Field(None, description="of pictures before they leave: crop, max_side_px, grey")
     cache: Literal["auto"] | None = Field(None, description="hosted models keep what their prompts begin with again")
-    response_format: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(None, description="json_schema, json_object, regex or choice")
     timeout_s: float | None = Field(None, gt=0, description="the whole answer, or of /compare each, within this")
 
     @field_validator("response_format", "reduce", mode="before", json_schema_input_type=dict[str, Any] | str | None)
@@ -86,7 +86,7 @@ class QuestionBody(BaseModel):
 class InferBody(QuestionBody):
     """Fields of `POST /infer`."""
 
-    model: str | None = None
+    model: str | None = Field(None, description="a target's or a route's name; without one, the default")
     restart: bool = Field(False, description="with stream, a route may begin anew behind an event `restarted`")
     partial: bool = Field(False, description="with JSON and stream, every delta has the object so far")
 
@@ -94,14 +94,14 @@ class InferBody(QuestionBody):
 class CompareBody(QuestionBody):
     """Fields of `POST /compare`."""
 
-    targets: tuple[str, ...] = ()
-    reference: str | None = Field(None, max_length=4000, pattern=r"^[^\x00]*$")
+    targets: tuple[str, ...] = Field((), description="names, in a form comma-separated; none: all that policy allows")
+    reference: str | None = Field(None, max_length=4000, pattern=r"^[^\x00]*$", description="the right answer")
     measure: Measure = Field("exact", description="how an answer is held against the reference")
     tolerance: float = Field(0, ge=0, allow_inf_nan=False, description="by how much a number may be off")
     relative_tolerance: float = Field(0, ge=0, allow_inf_nan=False, description="the same, as a share of the reference")
     repeats: int = Field(1, ge=1, le=MAX_REPEATS, description="rounds, each in a new random order")
     judge: str | None = Field(None, description="a target that says which of two answers is better")
-    parallel: bool = False
+    parallel: bool = Field(False, description="all at once, for show: times are then marked contended")
     blind: bool = Field(False, description="two targets as sides a and b, without names and figures until the vote")
 
     @property

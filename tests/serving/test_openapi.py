@@ -12,6 +12,7 @@ import pytest
 
 from serving.api.openapi import BODIES
 from serving.child import child_service
+from tests.serving.api_reference import FILE, reference
 from tests.serving.spoken import DIALECTS, INFER, Asked
 
 # A deadline that is over is no fault of the service. Of itself the fuzzer would give nearly every request 5e-324 s.
@@ -52,6 +53,10 @@ def test_every_reference_in_the_description_leads_somewhere(client: httpx2.Clien
     named = set(re.findall(r'"#/components/schemas/(\w+)"', text))
     assert named
     assert named <= schemas.keys()
+
+
+def test_the_reference_in_the_tree_is_what_the_service_says_of_itself() -> None:
+    assert FILE.read_text() == reference(), "run python -m tests.serving.api_reference"
 
 
 def test_no_page_about_it_loads_scripts_from_elsewhere(client: httpx2.Client) -> None:
