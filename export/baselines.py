@@ -24,7 +24,7 @@ from PIL import Image
 
 from export.checkpoint import load_checkpoint
 from models.errors import BadRequest, Unavailable
-from models.onnx_model import available_cores
+from models.machine import available_cores
 
 RUN_WITHIN_S = 900
 ENCODED = re.compile(r"(?:encoding done|slice encoded) in (\d+) ms")

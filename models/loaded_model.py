@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.bundle import Bundle
+from models.execution import ExecutionProvider
 from models.machine import Remembered
-from models.onnx_model import ExecutionProvider, OnnxModel
+from models.onnx_model import OnnxModel
 from models.openvino_vision import VisionBackend, use_fastest
 from models.prompt import PromptRenderer
 from models.replay import check_replay

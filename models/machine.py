@@ -8,14 +8,33 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
+# Those that inference kernels choose by; of Arm's, asimddp are dot products, i8mm and bf16 matrices of those numbers.
+INSTRUCTION_SETS = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16", "sve2", "sme2",
+)  # fmt: skip
+# macOS' names of the same, and of what else is asked of it.
+_SYSCTL_SETS = {
+    "hw.optional.neon": "asimd",
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+    "hw.optional.arm.FEAT_SME2": "sme2",
+}
+_SYSCTL_NAME, _SYSCTL_FAST_CORES = "machdep.cpu.brand_string", "hw.perflevel0.logicalcpu"
+CPUS = Path("/sys/devices/system/cpu")
+CGROUPS = Path("/sys/fs/cgroup")
+# A core with less than this share of the fastest one's capacity gets no thread: all wait for the slowest piece of a
+# product. Not measured: `threads` sets another number.
+LEAST_CAPACITY = 0.5
 
 
 class Processor(NamedTuple):
@@ -27,13 +46,9 @@ class Processor(NamedTuple):
 
 @cache
 def processor() -> Processor:
-    """From /proc/cpuinfo; elsewhere what Python's platform module says, without instruction sets."""
+    """From /proc/cpuinfo or macOS' sysctl; elsewhere what Python's platform module says, without instruction sets."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = facts.get("flags", facts.get("Features", "")).split()
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    return Processor(name, tuple(each for each in INSTRUCTION_SETS if each in flags))
+    return processor_of(cpuinfo.read_text() if cpuinfo.exists() else "", _sysctl())
 
 
 def machine() -> dict[str, Any]:
@@ -48,18 +63,102 @@ def machine() -> dict[str, Any]:
     }
 
 
-def available_memory_bytes() -> int | None:
-    """What a process may still take: the system's estimate, bounded by a container's limit. None: not known here."""
-    try:
+def processor_of(cpuinfo: str, sysctl: Mapping[str, str]) -> Processor:
+    """The same from these texts. Sets count that all cores have; Arm gives no name, but the board's or each part's."""
+    facts: dict[str, list[str]] = {}
+    for name, _, value in (line.partition(":") for line in cpuinfo.splitlines()):
+        facts.setdefault(name.strip(), []).append(value.strip())
+    listed = [set(flags.split()) for flags in facts.get("flags", facts.get("Features", []))]
+    sets = (
+        set.intersection(*listed) if listed else {_SYSCTL_SETS[key] for key in _SYSCTL_SETS if sysctl.get(key) == "1"}
+    )
+    parts = dict.fromkeys(zip(facts.get("CPU implementer", []), facts.get("CPU part", []), strict=False))
+    named = [*facts.get("model name", [])[:1], sysctl.get(_SYSCTL_NAME), *facts.get("Model", [])]
+    named += [" ".join([platform.machine(), *map("/".join, parts)]) if parts else platform.processor()]
+    name = next((each for each in named if each), platform.machine())
+    return Processor(name, tuple(each for each in INSTRUCTION_SETS if each in sets))
+
+
+@cache
+def _sysctl() -> Mapping[str, str]:
+    """What macOS says of its processor; nothing elsewhere. It leaves out the names that it does not know."""
+    if sys.platform != "darwin":
+        return {}
+    command = ["/usr/sbin/sysctl", *_SYSCTL_SETS, _SYSCTL_NAME, _SYSCTL_FAST_CORES]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in said)}
+
+
+def available_cores() -> int:
+    """Cores this process may run on. A container's quota of processor time does not show in it."""
+    return len(_allowed_cores()) or os.cpu_count() or 1
+
+
+def _allowed_cores() -> Set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
+def compute_threads() -> int:
+    """Threads of a model unless set otherwise: one a core, where cores differ (big.LITTLE, Apple) one a fast core."""
+    fast = _sysctl().get(_SYSCTL_FAST_CORES, "")
+    return int(fast) if fast.isdecimal() else fast_cores(_allowed_cores()) or available_cores()
+
+
+def fast_cores(allowed: Set[int], cpus: Path = CPUS) -> int:
+    """How many of these cores have half the capacity of the fastest of them or more; all, where none is told."""
+    capacities = []
+    for core in allowed:
+        try:
+            capacities.append(int((cpus / f"cpu{core}" / "cpu_capacity").read_text()))
+        except (OSError, ValueError):
+            return len(allowed)
+    return sum(each >= LEAST_CAPACITY * max(capacities) for each in capacities)
+
+
+class Memory(NamedTuple):
+    """Of the machine, in bytes, as this process may use it. None: not known here, or no limit."""
+
+    total_bytes: int
+    free_bytes: int | None  # the system's estimate, bounded by what is left of the limit
+    limit_bytes: int | None  # of the control group
+
+
+def memory() -> Memory:
+    """As the system tells it now."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free: int | None = None
+    with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    with suppress(OSError, ValueError):  # no cgroup v2 here, or "max": no limit
-        group = Path("/sys/fs/cgroup")
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        return max(0, left if found is None else min(found, left))
-    return found
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    memberships = ""
+    with suppress(OSError):
+        memberships = Path("/proc/self/cgroup").read_text()
+    limit, left = _tightest(memberships, CGROUPS)
+    if left is not None:
+        free = left if free is None else min(free, left)
+    return Memory(total, free, limit if limit is not None and limit < total else None)
+
+
+def _tightest(memberships: str, root: Path) -> tuple[int | None, int | None]:
+    """Limit, and what is left of it, of the control group where least is left; version 2 and version 1."""
+    found = []
+    for line in memberships.splitlines():
+        _, kinds, path = line.split(":", 2)
+        base, (most, used, idle) = root, ("memory.max", "memory.current", "inactive_file")
+        if "memory" in kinds.split(","):
+            base = root / "memory"
+            most, used, idle = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        elif kinds:
+            continue
+        # A container sees its own group as the root of all; elsewhere each group above bounds those in it.
+        for folder in {base / Path(path.strip("/")), *(base / each for each in Path(path.strip("/")).parents), base}:
+            with suppress(OSError, ValueError):  # no such folder, or "max": no limit
+                bound, usage = (int((folder / name).read_text()) for name in (most, used))
+                # Pages of files that nobody uses count as used, and go when memory is wanted.
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                found.append((max(0, bound - usage + int(stat.get(idle, 0))), bound))
+    left, limit = min(found, default=(None, None))
+    return limit, left
 
 
 def process_peak_bytes() -> int:

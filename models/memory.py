@@ -8,7 +8,6 @@ their turn. `python -m models.memory` prints the table of models/README.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,7 +16,7 @@ from models.bundle import Bundle, Shapes
 from models.catalog import ROWS, Row, Shape
 from models.errors import BundleError, Unavailable
 from models.kv_cache import CACHE_STEP, padded
-from models.machine import available_memory_bytes
+from models.machine import Memory, memory
 from models.onnx_model import POSITIONS_PER_STEP, TILE_PIXELS_PER_STEP
 
 GB = 10**9
@@ -88,13 +87,18 @@ def _feature_bytes(tokens_per_tile: int, hidden: int) -> int:
     return 4 * FEATURE_PICTURES * TILES * tokens_per_tile * hidden
 
 
+def shape_of(bundle: Bundle) -> Shape:
+    """From its config.json. Raises BundleError."""
+    try:
+        return Shape.from_config(json.loads((bundle.folder / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{bundle.folder / 'config.json'} does not tell the model's dimensions") from error
+
+
 def need_of(bundle: Bundle) -> Need:
     """Of a bundle, from its manifest and config.json. Raises BundleError."""
     manifest = bundle.manifest
-    try:
-        shape = Shape.from_config(json.loads((bundle.folder / "config.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{bundle.folder / 'config.json'} does not tell the model's dimensions") from error
+    shape = shape_of(bundle)
     graphs = [
         sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(graph.file))
         for graph in manifest.graphs.values()
@@ -196,10 +200,10 @@ def pixel_bytes(seats: Sequence[Seat]) -> int:
     return max((seat.need.pixels(seat.slots, seat.context) for seat in seats), default=0)
 
 
-def default_budget() -> int:
+def default_budget(machine: Memory | None = None) -> int:
     """Bytes: nine tenths of what is free on the machine, or in this process's control group where that is less."""
-    free = available_memory_bytes()
-    return round(SHARE_OF_FREE * (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free))
+    found = machine or memory()
+    return round(SHARE_OF_FREE * (found.total_bytes if found.free_bytes is None else found.free_bytes))
 
 
 def table() -> str:

@@ -6,12 +6,11 @@ logits out. Not safe for concurrent use: one thread owns a model.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,9 @@ import onnxruntime as ort
 
 from models.bundle import Bundle, CacheKind
 from models.errors import BundleError, ContextLengthExceeded, Unavailable
+from models.execution import ExecutionProvider, chosen, fastmath, open_session, session_options
 from models.kv_cache import GrowingCache, KvBuffer, KvCache, SharedCache, runs
+from models.machine import processor
 
 Floats = npt.NDArray[np.float32]
 _TYPES: dict[str, npt.DTypeLike] = {
@@ -28,47 +29,12 @@ _TYPES: dict[str, npt.DTypeLike] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
-ExecutionProvider = Literal["auto", "cpu", "cuda"]
-RUNTIME = f"onnxruntime {ort.__version__}"
-SPINNING_FROM_BYTES = 50_000_000
 # A batch may cover rows that take no part, where that is cheaper than a second run: on two Zen 3 cores four rows of the
 # 256M shape in 8 bit take 1.5 times as long as one.
 BRIDGED_ROWS = 2
 # One step of the engine: what it holds in memory is bounded by these, and so is the wait for a cancellation.
 POSITIONS_PER_STEP = 512
 TILE_PIXELS_PER_STEP = 512 * 512  # one tile of the large models, sixteen of 128 px
-
-
-def execution_providers(choice: ExecutionProvider) -> list[str]:
-    """ONNX Runtime's names, in order, for `cpu`, `cuda`, or `auto`: CUDA where this build and machine have it.
-
-    Raises Unavailable where CUDA is asked for and absent. The CPU always stands behind it, for operators without a
-    kernel.
-    """
-    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    if choice == "cuda" and not has_cuda:
-        raise Unavailable("CUDA is asked for, and this onnxruntime has none: install onnxruntime-gpu in its place")
-    cuda = ["CUDAExecutionProvider"] if runs_on_gpu(choice) else []
-    return [*cuda, "CPUExecutionProvider"]
-
-
-def runs_on_gpu(choice: ExecutionProvider) -> bool:
-    """Whether sessions will be made for a GPU. Raises nothing: what is asked for and absent is told when they are."""
-    return choice != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers()
-
-
-def available_cores() -> int:
-    """Cores this process may run on. A container's quota of processor time does not show in it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def spins(model_bytes: int) -> bool:
-    """Whether threads wait for each other spinning, within a run.
-
-    On two Zen 3 cores a SmolVLM2-256M token takes a fifth less time with it (100 tokens/s against 80, context 128). But
-    tiny-scenes, whose runs are short, loses the core that HTTP needs: 8 clients, 66 requests/s without, 33 with it.
-    """
-    return model_bytes >= SPINNING_FROM_BYTES
 
 
 @contextmanager
@@ -96,9 +62,11 @@ def in_batches(pixels: Floats) -> list[Floats]:
 class _Graph:
     """One session with the NumPy types of its inputs and outputs."""
 
-    def __init__(self, path: Path, options: ort.SessionOptions, providers: list[str]) -> None:
+    def __init__(self, path: Path, options: ort.SessionOptions, provider: ExecutionProvider) -> None:
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            self.session = open_session(path, options, provider)
+        except Unavailable:
+            raise
         except Exception as error:  # ONNX Runtime raises its own kinds, all straight from Exception
             reason = str(error).splitlines()[0][:300]
             raise BundleError(f"{path.name} does not load: {reason}") from error
@@ -152,15 +120,12 @@ class OnnxModel:
         self.shapes = shapes.model_copy(
             update={"max_positions": min(context or shapes.max_positions, shapes.max_positions)}
         )
-        providers = execution_providers(provider)
-        self._device = "cuda" if "CUDAExecutionProvider" in providers else "cpu"
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what goes wrong comes back as an exception
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins(bundle.model_bytes))))
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # behind a run nobody waits
-        graphs = {name: _Graph(bundle.graph(name), options, providers) for name in bundle.manifest.graphs}
+        provider, cpu = chosen(provider), processor()
+        # What its numbers depend on beside graphs and processor.
+        self.execution = f"{provider}{', bfloat16 products' if fastmath(bundle, cpu) else ''}"
+        self._device = "cuda" if provider == "cuda" else "cpu"
+        options = session_options(bundle, cpu, threads=threads)
+        graphs = {name: _Graph(bundle.graph(name), options, provider) for name in bundle.manifest.graphs}
         self._graphs = tuple(graphs.values())
         self._vision, self._embed = graphs["vision_encoder"], graphs["embed_tokens"]
         self.other_encoder: Callable[[Floats], Floats] | None = None  # another runtime may do this part

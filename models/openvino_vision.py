@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import Unavailable
-from models.machine import Remembered, processor
-from models.onnx_model import OnnxModel, available_cores
+from models.machine import Remembered, compute_threads, processor
+from models.onnx_model import OnnxModel
 
 Floats = npt.NDArray[np.float32]
 VisionBackend = Literal["auto", "onnxruntime", "openvino"]
@@ -36,7 +36,7 @@ class OpenVinoEncoder:
             import openvino
 
             core: Any = openvino.Core()
-            options = {"INFERENCE_NUM_THREADS": threads or available_cores(), "PERFORMANCE_HINT": "LATENCY"}
+            options = {"INFERENCE_NUM_THREADS": threads or compute_threads(), "PERFORMANCE_HINT": "LATENCY"}
             self._compiled = core.compile_model(core.read_model(graph), "CPU", options)
         except ModuleNotFoundError as error:
             raise Unavailable("OpenVINO is not installed: pip install 'nearfar[openvino]'") from error
@@ -68,7 +68,8 @@ def use_fastest(model: OnnxModel, backend: VisionBackend, remembered: Remembered
         found_for = {
             "graph": model.bundle.manifest.files[model.bundle.manifest.graphs["vision_encoder"].file].sha256,
             "processor": processor(),
-            "threads": threads or available_cores(),
+            "threads": threads or compute_threads(),
+            "execution": model.execution,
             "versions": [version("openvino"), version("onnxruntime")],
         }
         known = remembered.get(FACT, found_for)

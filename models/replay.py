@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from models.bundle import MANIFEST, Bundle, sha256_of
 from models.errors import BundleError
+from models.execution import RUNTIME
 from models.machine import Remembered, processor
-from models.onnx_model import RUNTIME, OnnxModel
+from models.onnx_model import OnnxModel
 from models.quality import Case, cosines, log_softmax, observe
 
 Halves = npt.NDArray[np.float16]
@@ -86,6 +87,7 @@ def check_replay(model: OnnxModel, remembered: Remembered) -> Distance | None:
         "processor": processor(),
         "runtime": RUNTIME,
         "encoder": type(model.other_encoder).__name__,
+        "execution": model.execution,
     }
     if remembered.get(FACT, found_for):
         return None

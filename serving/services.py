@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 from comparisons.workload import Model
 from models.bundle import Bundle
 from models.errors import BadRequest, Forbidden, InvalidValue, NearfarError, Overloaded, Unavailable
+from models.execution import runs_on_gpu, untested
 from models.loaded_model import LoadedModel
 from models.machine import Remembered
 from models.memory import Seat, default_budget
-from models.onnx_model import runs_on_gpu
 from models.quality import safer_recipes
 from models.replay import ReplayFailed
 from serving.energy import Power
@@ -59,11 +59,13 @@ class Pulling:
 class Services:
     """What the routes work with. Loading runs beside the server, so that probes are answered from the first moment.
 
-    Making it loads nothing and starts no thread. Raises InvalidValue for a malformed endpoint.
+    Making it loads nothing and starts no thread. Raises InvalidValue for a malformed endpoint, Unavailable for an
+    execution provider that the installed onnxruntime has not.
     """
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self.settings = settings
+        self._execution_notice = untested(settings.execution_provider)
         hops = {hop.target: hop.target for route in settings.routes.values() for hop in route.hops}
         named = {**hops, **settings.aliases}
         self._rows = with_aliased([*PROVIDERS, *map(parse_endpoint, settings.endpoints)], named)
@@ -94,7 +96,7 @@ class Services:
         try:
             bundles = [Bundle.read(folder) for folder in model_folders(self.settings)]
             residents = await self._load_first(bundles)
-            local = [_local_target(resident, residents) for resident in residents.all]
+            local = [_local_target(resident, residents, self._execution_notice) for resident in residents.all]
             self._targets = self._all_targets([*local, *await asyncio.to_thread(self._hosted_targets)])
             await self.power.measure_idle()
             self._watching = asyncio.create_task(self.power.watch())
@@ -226,7 +228,7 @@ class Services:
             raise
         present = list(self.targets())
         local = sum(target.kind == "local" for target in present)
-        target = _local_target(added, residents)
+        target = _local_target(added, residents, self._execution_notice)
         self._targets = self._all_targets([*present[:local], target, *present[local:]])
 
     def _all_targets(self, targets: Sequence[Target]) -> Targets:
@@ -281,14 +283,14 @@ def priced_models(rows: Sequence[Provider]) -> list[Model]:
     return [Model(row.name, row.price_provider, name) for row in rows if row.price_provider for name in row.models]
 
 
-def _local_target(resident: Resident, residents: Residents) -> Target:
+def _local_target(resident: Resident, residents: Residents, execution_notice: str | None) -> Target:
     manifest = resident.bundle.manifest
     return Target(
         answerer=LocalModel(resident, residents),
         kind="local",
         model=manifest.name,
         recipe=manifest.recipe,
-        notice=manifest.notice,
+        notice="; ".join(filter(None, (manifest.notice, execution_notice))) or None,
         versions=bundle_versions(resident.bundle),
         context_tokens=manifest.shapes.max_positions,
     )

@@ -21,7 +21,7 @@ from pydantic_settings import (
 
 from comparisons.egress import is_loopback_host
 from models.errors import InvalidValue
-from models.onnx_model import ExecutionProvider
+from models.execution import ExecutionProvider
 from models.openvino_vision import VisionBackend
 from models.reduction import Reduction
 from models.request import Policy
@@ -144,8 +144,11 @@ class Settings(BaseSettings):
     keys: tuple[ApiKey, ...] = Field((), description="by their hashes, with limits: nearfar key NAME makes one")
     allow_anonymous: bool = Field(False, description="serve other machines without keys")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), description="Host header values beyond loopback's")
-    threads: int = Field(0, ge=0, description="threads per model, 0: one a core")
-    execution_provider: ExecutionProvider = Field("auto", description="cpu, cuda, or auto: CUDA where it is there")
+    threads: int = Field(0, ge=0, description="threads per model, 0: one a core, or a fast core where they differ")
+    execution_provider: ExecutionProvider = Field(
+        "auto",
+        description="auto (CUDA where it is there), cpu, or, untested, cuda, coreml, directml, openvino, qnn",
+    )
     vision_backend: VisionBackend = Field(
         "auto", description="onnxruntime, openvino, or auto: OpenVINO where it is installed and was measured faster"
     )

@@ -24,10 +24,10 @@ from PIL import Image
 from models import quality
 from models.bundle import MANIFEST, Bundle, sha256_of
 from models.errors import BadRequest, BundleError, Unavailable
+from models.execution import RUNTIME
 from models.images import decode_image
 from models.loaded_model import LoadedModel
 from models.machine import machine
-from models.onnx_model import RUNTIME
 from models.request import question
 from serving.engine.prepare import prepare
 

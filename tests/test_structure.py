@@ -41,7 +41,7 @@ HOMES = {
     "onnxruntime_genai": ("export",),
     "llguidance": ("serving.engine.constraints",),
     "openvino": ("models.openvino_vision",),
-    "onnxruntime": ("export", "models.onnx_model", "models.kv_cache"),
+    "onnxruntime": ("export", "models.execution", "models.onnx_model", "models.kv_cache"),
     "tokenizers": ("export", "models.tokenizer", *TRAINING),
     "fastapi": ("serving.api", "serving.app"),
     "starlette": ("serving.api", "serving.app"),

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from models.errors import Unavailable
 from models.images import tile_image
 from models.loaded_model import LoadedModel
-from models.onnx_model import execution_providers
 from models.request import ImagePart, Message, TextPart
 from models.tiny_scenes import BUNDLES
 from models.tiny_scenes.held_out import Case, cases
-
-
-def test_cuda_is_asked_for_in_vain_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(Unavailable, match="onnxruntime-gpu"):
-        execution_providers("cuda")
-    assert execution_providers("auto") == ["CPUExecutionProvider"]
-
-
-def test_cuda_comes_before_the_cpu_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: both)
-    assert execution_providers("auto") == execution_providers("cuda") == both
-    assert execution_providers("cpu") == ["CPUExecutionProvider"]
 
 
 def answer(model: LoadedModel, case: Case) -> list[int]:
