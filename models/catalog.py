@@ -129,6 +129,19 @@ class Row:
         return sum(self.graph_bytes(recipe).values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a recipe of a shape was on a machine whose processor had `needs`. None: not measured there."""
+
+    shape: Shape
+    recipe: str
+    needs: str
+    vision_ms_per_tile: float | None
+    prompt_tokens_per_s: float
+    decode_tokens_per_s: float
+    machine: str
+
+
 class Alias(NamedTuple):
     """A name that reviews use and no published checkpoint bears, and what it stands for here."""
 
@@ -161,6 +174,15 @@ ROWS: Mapping[str, Row] = MappingProxyType(
 )
 ALIASES: Mapping[str, Alias] = MappingProxyType(
     {name: Alias(**{**alias, "claims": _claims(alias["claims"])}) for name, alias in _DATA["aliases"].items()}
+)
+# As serving/bench/README.md has them: a prompt of 1,024 tokens, decoding behind 128; and export/README.md: largest
+# resident memory.
+SPEEDS = tuple(Speed(**{**each, "shape": _SHAPES[each["shape"]]}) for each in _DATA["speeds"])
+EXPORT_PEAK_BYTES: Mapping[Shape, Mapping[str, int]] = MappingProxyType(
+    {
+        _SHAPES[name]: {recipe: round(peak * 1e9) for recipe, peak in peaks.items()}
+        for name, peaks in _DATA["export_peak_gb"].items()
+    }
 )
 # int8 is missing on purpose: the published 8-bit files multiply in dynamic int8 everywhere, which measured a mean KL of
 # 0.53 on SmolLM2-135M's weights where this project's int8 holds 0.02. It is exported from the checkpoint instead.

@@ -148,6 +148,17 @@ def find_meters(*, gpu: bool, powercap: Path = POWERCAP) -> Meters:
     return Meters(tuple(found), "; ".join(lacks))
 
 
+def gpu_names() -> tuple[str, ...]:
+    """The NVIDIA GPUs of this machine; none without the extra `gpu`, which brings NVML."""
+    try:
+        library = _nvml_library()
+        library.nvmlInit()
+        handles = map(library.nvmlDeviceGetHandleByIndex, range(library.nvmlDeviceGetCount()))
+        return tuple(map(library.nvmlDeviceGetName, handles))
+    except Exception:  # NVML's own kinds, all straight from Exception
+        return ()
+
+
 def _nvml_library() -> NvmlLibrary:
     try:
         import pynvml

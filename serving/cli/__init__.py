@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "models:verify",
     "bench": "bench:bench",
     "demo": "demo:demo",
+    "doctor": "doctor:doctor",
     "config": "settings:config",
     "key": "settings:key",
     "spend": "money:spend",
