@@ -3,7 +3,8 @@
 `python -m tests.readmes` (`make commands`) lists the latter with their reasons. A command stands in a fence marked
 `sh`; lines that end in a backslash are joined. A comment `# needs WHAT` behind it says why no test runs it, `# slow`
 that `make check-slow` does; on a line of its own either is of all that follows in that fence. A fence is run as one
-script, in a folder that looks like the tree; `http://127.0.0.1:8000` is a service with the embedded model.
+script, in a folder that looks like the tree; `http://127.0.0.1:8000` is a service with the embedded model. A section
+with a fence marked `diff` is a walk: its changes are made to a copy of the tree, and its commands run there.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Fence:
-    """A fenced block: where it begins, its language, its text."""
+    """A fenced block: where it begins, the nearest heading above, its language, its text."""
 
     file: str
     line: int
+    section: str
     language: str
     text: str
 
@@ -87,8 +89,19 @@ def fences(*languages: str) -> list[Fence]:
         for match in _FENCE.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
             name = str(path.relative_to(ROOT))
-            found.append(Fence(file=name, line=line, language=match[1], text=match[2]))
+            section = re.findall(r"^#+ .*$|\A", text[: match.start()], re.MULTILINE)[-1]
+            found.append(Fence(file=name, line=line, section=section, language=match[1], text=match[2]))
     return [fence for fence in found if not languages or fence.language in languages]
+
+
+def walks() -> dict[str, list[Fence]]:
+    """Sections that change the tree by a `diff`, and then run commands in what came of it: their fences, in order."""
+    changed = {(fence.file, fence.section) for fence in fences("diff")}
+    found: dict[str, list[Fence]] = {}
+    for fence in fences("sh", "diff"):
+        if (fence.file, fence.section) in changed:
+            found.setdefault(f"{fence.file} {fence.section.lstrip('# ')}", []).append(fence)
+    return found
 
 
 def prose(path: Path) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,8 +18,9 @@ import pytest
 
 from serving.child import child_service
 from serving.settings import Settings
-from tests.readmes import PROGRAMS, ROOT, Fence, Unknown, check_nearfar, fences, inline_commands, prose, readmes
+from tests.readmes import PROGRAMS, ROOT, Fence, Unknown, check_nearfar, fences, inline_commands, prose, readmes, walks
 from tests.serving.conftest import RunningService, running
+from tests.serving.hub import published_files, running_hub
 
 ADDRESS = "http://127.0.0.1:8000"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -31,7 +33,7 @@ SHIMS = {
 RUN = [
     pytest.param(fence, id=str(fence), marks=[pytest.mark.slow, pytest.mark.timeout(3600)] if fence.is_slow else [])
     for fence in fences("sh")
-    if fence.script
+    if fence.script and not any(fence in walk for walk in walks().values())
 ]
 EVERY_COMMAND = [command.text for fence in fences("sh") for command in fence.commands]
 
@@ -48,18 +50,30 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that looks like the tree: what a command writes lands there. The programs named lie beside it."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, line in SHIMS.items():
-        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
-        (programs / name).chmod(0o755)
+    """A folder that looks like the tree, of links: what a command writes lands there, and what is changed is a copy."""
     look_alike = tmp_path / "tree"
     look_alike.mkdir()
     for path in ROOT.iterdir():
-        if path.name not in (".git", ".venv", ".venv-test"):
+        if path.name in ("models", "export", "comparisons", "serving", "tests"):
+            shutil.copytree(path, look_alike / path.name, copy_function=os.symlink)
+        elif path.is_file():
             (look_alike / path.name).symlink_to(path)
     return look_alike
+
+
+def assert_runs(script: str, folder: Path, **settings: str) -> None:
+    """One after the other as bash does them, with this environment's programs; something is said."""
+    programs = folder.parent / "programs"
+    programs.mkdir(exist_ok=True)
+    for name, line in SHIMS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+    command = ["bash", "-euxo", "pipefail", "-c", script]
+    environment = os.environ | paths | {"COLUMNS": "120"} | settings
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert run.stdout.strip()
 
 
 @pytest.mark.parametrize("fence", RUN)
@@ -69,16 +83,37 @@ def test_the_commands_of_a_fence_succeed(fence: Fence, folder: Path, service: Ru
         with child_service(*shlex.split(command, comments=True)[2:]):
             pass  # it became ready
     others = [command for command in fence.script if command not in serving]
-    environment = os.environ | {
-        "PATH": f"{folder.parent / 'programs'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "COLUMNS": "120",
-    }
-    script = "\n".join(others).replace(ADDRESS, service.url)
-    command = ["bash", "-euxo", "pipefail", "-c", script]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    assert run.stdout.strip() or not others
+    if others:
+        assert_runs("\n".join(others).replace(ADDRESS, service.url), folder)
+
+
+@pytest.mark.parametrize("fences_of_it", [pytest.param(walk, id=name) for name, walk in walks().items()])
+def test_a_walk_leads_where_it_says(fences_of_it: list[Fence], folder: Path, service: RunningService) -> None:
+    with running_hub() as hub:
+        hub.repositories["me/my-scenes"] = published_files()
+        for fence in fences_of_it:
+            if fence.language == "diff":
+                change(fence.text.replace(ADDRESS, service.url), folder)
+            else:
+                data = str(folder.parent / "data")
+                assert_runs(
+                    "\n".join(fence.script), folder, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", NEARFAR_DATA_DIR=data
+                )
+
+
+def change(diff: str, folder: Path) -> None:
+    """Apply a diff of one file whose hunks are known by their lines alone: what they stand for is there, and once."""
+    head, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
+    (name,) = re.findall(r"^\+\+\+ b/(.+)$", head, re.MULTILINE)
+    file = folder / name
+    text = file.read_text()
+    for hunk in hunks:
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        assert text.count(before) == 1, f"{name} has not once:\n{before}"
+        text = text.replace(before, after)
+    file.unlink()  # a link into the tree
+    file.write_text(text)
 
 
 @pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
