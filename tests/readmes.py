@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("models", "export", "comparisons", "serving", "tests", ".ci")  # and the root itself
 PROGRAMS = ("nearfar", "make", "python", "pip", "pytest", "curl", "docker")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_MARK = re.compile(r"(?:^|\s)#\s*(needs|slow)\b:?\s*(.*)$")
+_MARK = re.compile(r"(?:^|\s)#\s*(?:[^#]*;\s*)?(needs|slow)\b:?\s*(.*)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,26 @@ def walks() -> dict[str, list[Fence]]:
 def prose(path: Path) -> str:
     """A README's text without its fences."""
     return _FENCE.sub("", path.read_text())
+
+
+def named_in(tree: str, root: Path) -> Iterator[Path]:
+    """Files and folders that a drawn tree names: what a line names lies in the folder that is indented less."""
+    folders: list[tuple[int, Path]] = []
+    for line in tree.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        above = folders[-1][1] if folders else root
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            yield above / name
+            if name.endswith("/"):
+                folders.append((indent, above / name))
+
+
+def file_tree(path: Path) -> list[Path]:
+    """What a README's drawn tree names; nothing where it has none."""
+    tree = re.search(r"^## Where things are\n\n```\n(.*?)```", path.read_text(), re.MULTILINE | re.DOTALL)
+    return list(named_in(tree[1], path.parent)) if tree else []
 
 
 def inline_commands(path: Path) -> list[str]:

@@ -186,34 +186,3 @@ def test_links_lead_somewhere(path: Path) -> None:
         target = (path.parent / name) if name else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-
-
-@pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_file_tree_is_the_tree(path: Path) -> None:
-    for tree in re.findall(r"^## Where things are\n\n```\n(.*?)```", path.read_text(), re.MULTILINE | re.DOTALL):
-        missing = [named for named in named_in(tree, path.parent) if not named.exists()]
-        assert not missing
-
-
-def test_every_folder_of_the_product_is_in_the_file_tree() -> None:
-    tree = re.search(r"## Where things are\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert tree
-    wanted = {ROOT / "tests"}
-    for package in ("models", "export", "comparisons", "serving"):
-        files = [path for suffix in ("*.py", "*.js", "README.md") for path in (ROOT / package).rglob(suffix)]
-        wanted |= {path.parent for path in files if "__pycache__" not in path.parts}
-    assert wanted <= set(named_in(tree[1], ROOT))
-
-
-def named_in(tree: str, root: Path) -> Iterator[Path]:
-    """Files and folders that a drawn tree names: what a line names lies in the folder that is indented less."""
-    folders: list[tuple[int, Path]] = []
-    for line in tree.splitlines():
-        indent = len(line) - len(line.lstrip())
-        while folders and folders[-1][0] >= indent:
-            folders.pop()
-        above = folders[-1][1] if folders else root
-        for name in re.split(r"\s{2,}", line.strip())[0].split():
-            yield above / name
-            if name.endswith("/"):
-                folders.append((indent, above / name))

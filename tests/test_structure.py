@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.readmes import file_tree, readmes
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "export", "comparisons", "serving")
 # The plan was 60 modules and 9,000 lines. Part 2 took 72 and 12,200, part 3 adds batching, caches, dialects, tools and
@@ -214,3 +216,26 @@ def test_the_top_level_is_the_agreed_one() -> None:
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line and line[0] != "#"]
     found = {path.name for path in ROOT.iterdir() if not any(fnmatch(path.name, pattern) for pattern in ignored)}
     assert found - {".git"} == TOP_LEVEL
+
+
+def test_what_a_readme_draws_as_the_file_tree_is_there() -> None:
+    missing = [named for path in readmes() for named in file_tree(path) if not named.exists()]
+    assert missing == []
+
+
+def test_every_folder_of_the_product_is_in_the_file_tree() -> None:
+    files = [path for package in PACKAGES for kind in ("*.py", "*.js", "README.md") for path in files_of(package, kind)]
+    assert {path.parent for path in files} <= set(file_tree(ROOT / "README.md"))
+
+
+def test_a_folder_whose_modules_a_readme_names_has_no_others() -> None:
+    """`__init__.py` and `__main__.py` aside. Where a folder stands without one of its modules, its name has to do."""
+    for path in readmes():
+        modules = {named for named in file_tree(path) if named.suffix == ".py"}
+        for folder in {module.parent for module in modules}:
+            unnamed = [each.name for each in folder.glob("[!_]*.py") if each not in modules]
+            assert unnamed == [], f"{path.relative_to(ROOT)} does not name them"
+
+
+def files_of(package: str, kind: str) -> list[Path]:
+    return [path for path in (ROOT / package).rglob(kind) if "__pycache__" not in path.parts]
