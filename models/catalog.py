@@ -142,6 +142,23 @@ class Speed:
     machine: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartUp:
+    """What a first start with that model alone takes until it is ready, and what it may.
+
+    `modules` are Python's, `read_bytes` all that the process reads: a clock says little on a busy machine, and these
+    are held by a test. `ready_s` with its `machine`: measured, or None.
+    """
+
+    shape: Shape
+    recipe: str
+    budget_s: float
+    ready_s: float | None
+    machine: str | None
+    modules: int
+    read_bytes: int
+
+
 class Alias(NamedTuple):
     """A name that reviews use and no published checkpoint bears, and what it stands for here."""
 
@@ -178,6 +195,7 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
 # As serving/bench/README.md has them: a prompt of 1,024 tokens, decoding behind 128; and export/README.md: largest
 # resident memory.
 SPEEDS = tuple(Speed(**{**each, "shape": _SHAPES[each["shape"]]}) for each in _DATA["speeds"])
+START_UPS = tuple(StartUp(**{**each, "shape": _SHAPES[each["shape"]]}) for each in _DATA["start_up"])
 EXPORT_PEAK_BYTES: Mapping[Shape, Mapping[str, int]] = MappingProxyType(
     {
         _SHAPES[name]: {recipe: round(peak * 1e9) for recipe, peak in peaks.items()}

@@ -91,8 +91,9 @@ def diagnosis_object(machine: Machine, settings: Settings, diagnosis: Diagnosis)
 def _candidate_object(candidate: Candidate) -> dict[str, Any]:
     shown = asdict(candidate)
     shown["fit"] = candidate.fit._asdict() if candidate.fit else None
-    if candidate.speed:
-        shown["speed"].pop("shape")
+    for figures in (shown["speed"], shown["start_up"]):
+        if figures:
+            figures.pop("shape")
     return shown
 
 

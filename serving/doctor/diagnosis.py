@@ -12,9 +12,11 @@ from models.catalog import (
     PUBLISHED,
     ROWS,
     SPEEDS,
+    START_UPS,
     Row,
     Shape,
     Speed,
+    StartUp,
 )
 from models.errors import NearfarError, NotFound, Unavailable
 from models.execution import ROWS as PROVIDERS
@@ -42,6 +44,7 @@ class Candidate:
     file_bytes: int
     fit: Fit | None
     speed: Speed | None
+    start_up: StartUp | None
     refusals: tuple[str, ...] = ()
 
 
@@ -111,7 +114,9 @@ class _Judge:
         # A graph that is edited is written beside itself once; an export reads a checkpoint of 2 bytes a weight.
         room = files + (max(row.graph_bytes(recipe).values()) if published else 2 * row.shape.parameters)
         disk = self.machine.disk
-        if room > disk.free_bytes:
+        if not disk.writable:
+            against.append(f"{disk.folder} cannot be written")
+        elif room > disk.free_bytes:
             against.append(f"needs {_gb(room)} in {disk.folder}, {_gb(disk.free_bytes)} are free")
         if self.settings.offline:
             against.append("not on this machine, and offline fetches nothing")
@@ -169,6 +174,7 @@ class _Judge:
             file_bytes=file_bytes,
             fit=fits,
             speed=next(alike, None),
+            start_up=next((each for each in START_UPS if (each.shape, each.recipe) == (shape, recipe)), None),
             refusals=tuple(refusals),
         )
 
@@ -192,8 +198,6 @@ def _stands_against(machine: Machine, settings: Settings) -> Iterator[str]:
         yield why
     if why := settings.refusal_to_bind():
         yield why
-    if not machine.disk.writable:
-        yield f"{machine.disk.folder} cannot be written: records, ledger and fetched models live there"
 
 
 def _notes(machine: Machine, settings: Settings) -> Iterator[str]:
@@ -201,6 +205,11 @@ def _notes(machine: Machine, settings: Settings) -> Iterator[str]:
     provider = ("cuda" if "cuda" in machine.providers else "cpu") if provider == "auto" else provider
     if not PROVIDERS[provider].tested:
         yield f"{provider} is untested: nearfar was not run on such a device"
+    if not machine.disk.writable:
+        yield (
+            f"{machine.disk.folder} cannot be written: nothing is fetched, and comparisons and hosted models, "
+            f"which are written down there, are refused"
+        )
     if machine.is_arm:
         yield "on Arm nothing was measured: nearfar bench --model MODEL does"
     if machine.gpus and "cuda" not in machine.providers:

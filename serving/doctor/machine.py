@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from models.errors import InvalidValue
 from models.execution import RUNTIME, ExecutionProvider, available
@@ -89,7 +89,11 @@ def look(settings: Settings, environment: Mapping[str, str]) -> Machine:
 def disk_of(folder: Path) -> Disk:
     """Of a folder, or of the nearest above it that is there."""
     there = next((each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir()), Path("/"))
-    writable = os.access(there, os.W_OK | os.X_OK)
+    try:
+        with TemporaryFile(dir=there):  # without a name; os.access tells root that it may write everywhere
+            writable = True
+    except OSError:
+        writable = False
     return Disk(folder=folder, free_bytes=shutil.disk_usage(there).free, writable=writable)
 
 

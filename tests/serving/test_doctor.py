@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from models.bundle import Bundle
-from models.catalog import EXPORT_PEAK_BYTES, ROWS, SPEEDS
+from models.catalog import EXPORT_PEAK_BYTES, ROWS, SPEEDS, START_UPS
 from models.errors import InvalidValue
 from models.execution import ROWS as PROVIDERS
 from models.machine import Memory, Processor
-from models.memory import GB, LEAST_CONTEXT, fit, need_of, need_of_row, total_bytes
+from models.memory import GB, LEAST_CONTEXT, fit, need_of, need_of_row, shape_of, total_bytes
 from models.tiny_scenes import BUNDLES
 from serving.doctor.diagnosis import Candidate, Diagnosis, diagnose
 from serving.doctor.machine import Disk, Machine, disk_of, look
@@ -113,11 +113,13 @@ def test_without_room_on_the_disk_what_is_here_is_left() -> None:
     assert found.problems == ()
 
 
-def test_a_folder_that_cannot_be_written_stands_against_all() -> None:
+def test_a_folder_that_cannot_be_written_leaves_what_is_here() -> None:
     sealed = Disk(folder=Path("/data"), free_bytes=100 * GB, writable=False)
-    assert diagnosed(a_machine(4, disk=sealed)).problems == (
-        "/data cannot be written: records, ledger and fetched models live there",
-    )
+    found = diagnosed(a_machine(4, disk=sealed))
+    assert candidate(found, "smolvlm2-500m@int4").refusals == ("/data cannot be written",)
+    assert found.recommended
+    assert (found.recommended.way, found.problems) == ("here", ())
+    assert found.notes[0].startswith("/data cannot be written: nothing is fetched, and comparisons")
 
 
 def test_offline_recommends_what_is_here_alone() -> None:
@@ -194,6 +196,44 @@ def test_the_readme_s_table_is_what_is_recommended() -> None:
 
 # For real, on this machine
 
+START = """
+import asyncio, sys
+from pathlib import Path
+import serving.cli.serve  # as the command does
+from serving.app import create_app
+from serving.services import Services
+from serving.settings import Settings
+
+async def start():
+    services = Services(Settings(models=(sys.argv[1],), data_dir=Path(sys.argv[2])), {})
+    await services.load()
+    assert services.not_ready() is None
+    print(len(sys.modules), Path("/proc/self/io").read_text().split()[1])
+    await services.aclose()
+
+asyncio.run(start())
+"""
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp32"])
+def test_a_start_reads_and_imports_no_more_than_its_row_says(recipe: str, tmp_path: Path) -> None:
+    row = next(each for each in START_UPS if (each.shape, each.recipe) == (shape_of(EMBEDDED[0]), recipe))
+    command = [sys.executable, "-c", START, f"tiny-scenes@{recipe}", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules, read_bytes = map(int, run.stdout.split())
+    # A tenth is for another release of a library. Much less than the row has means that the row is old.
+    assert 0.5 * row.modules <= modules <= 1.1 * row.modules
+    assert 0.5 * row.read_bytes <= read_bytes <= 1.1 * row.read_bytes
+
+
+def test_the_readme_has_the_start_ups_of_the_catalog() -> None:
+    text = (Path(__file__).parents[2] / "models" / "README.md").read_text()
+    names = {row.shape: name for name, row in reversed(ROWS.items())}
+    for row in START_UPS:
+        ready = "unmeasured" if row.ready_s is None else f"{row.ready_s:g} s"
+        cells = (f"`{names[row.shape]}@{row.recipe}`", f"{row.budget_s:g} s", ready, f"{row.read_bytes / 1e6:.0f} MB")
+        assert f"| {' | '.join(cells)} |" in text
+
 
 def test_doctor_refuses_what_serving_refuses_in_the_same_words(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, models=("tiny-scenes@fp32",), memory_budget="250MB")
@@ -266,3 +306,5 @@ def test_a_disk_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> N
     found = disk_of(tmp_path / "models" / "of mine")
     assert (found.folder, found.writable) == (tmp_path / "models" / "of mine", True)
     assert found.free_bytes > 0
+    assert [*tmp_path.iterdir()] == []
+    assert not disk_of(Path("/proc/nearfar")).writable
