@@ -1,4 +1,4 @@
-"""API keys: made here, known by their hash alone, each with its own limits. Knows no HTTP."""
+"""API keys: made here, known by their hash alone, each with its own limits; secrets out of files. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.errors import NearfarError, Overloaded
+from models.errors import InvalidValue, NearfarError, Overloaded
 from models.reduction import Reduction
 from models.request import Policy
 
@@ -71,6 +72,20 @@ def new_key(name: str) -> NewKey:
     key = f"nf_{secrets.token_urlsafe(32)}"
     kept = ApiKey(name=name, sha256=digest(key))
     return NewKey(key, f'[[keys]]\nname = "{kept.name}"\nsha256 = "{kept.sha256}"')
+
+
+def secret(name: str, environment: Mapping[str, str]) -> str:
+    """What NAME holds, or else the file that NAME_FILE names, without space around it; empty where neither is set.
+
+    Raises InvalidValue for a file that cannot be read.
+    """
+    file = environment.get(f"{name}_FILE", "").strip()
+    if environment.get(name, "").strip() or not file:
+        return environment.get(name, "").strip()
+    try:
+        return Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValue(f"the file that {name}_FILE names cannot be read") from error
 
 
 def digest(key: str) -> str:

@@ -26,7 +26,7 @@ from models.openvino_vision import VisionBackend
 from models.reduction import Reduction
 from models.request import Policy
 from serving.energy import Electricity, Hardware
-from serving.keys import ApiKey, digest
+from serving.keys import ApiKey, digest, secret
 from serving.routes.declared import RouteRow
 
 Source = PydanticBaseSettingsSource
@@ -34,6 +34,7 @@ FILE = Path("nearfar.toml")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 PlainKey = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SECRETS = ("api_keys", "database")  # these may also lie in a file that NEARFAR_<NAME>_FILE names
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _PASSWORD = re.compile(r"//[^/\s]*@")
 
@@ -176,9 +177,15 @@ class Settings(BaseSettings):
         dotenv_settings: Source,
         file_secret_settings: Source,
     ) -> tuple[Source, ...]:
-        """What is passed, then the environment, then the file. Raises InvalidValue for a file that is wrong."""
+        """What is passed, then the environment, then files that it names, then the settings file.
+
+        Raises InvalidValue for a file that is wrong.
+        """
         file = settings_file(init_settings().get("config"))
-        return init_settings, env_settings, InitSettingsSource(settings_cls, _read(file, settings_cls) if file else {})
+        found = {name: secret(f"NEARFAR_{name}".upper(), os.environ) for name in SECRETS}
+        secrets = InitSettingsSource(settings_cls, {name: value for name, value in found.items() if value})
+        in_file = InitSettingsSource(settings_cls, _read(file, settings_cls) if file else {})
+        return init_settings, env_settings, secrets, in_file
 
     @field_validator("models", "api_keys", "allowed_hosts", mode="before")
     @classmethod
@@ -239,7 +246,8 @@ class Settings(BaseSettings):
                 value = _PASSWORD.sub("//[...]@", value)
             elif name == "endpoints":
                 value = [_PASSWORD.sub("//[...]@", endpoint) for endpoint in value]
-            given = f"NEARFAR_{name}".upper() in environment
+            variable = f"NEARFAR_{name}".upper()
+            given = variable in environment or (name in SECRETS and f"{variable}_FILE" in environment)
             found[name] = Shown(value, "environment" if given else "file" if name in in_file else "default")
         return found
 
@@ -258,6 +266,13 @@ class Settings(BaseSettings):
                 f"{self.host} without keys cannot be served under policy {self.policy}: strangers would spend your keys"
             )
         return None
+
+    def unwritable(self) -> str | None:
+        """Why the data folder can keep nothing; None where it can. It may not be there yet."""
+        there = next(folder for folder in (self.data_dir, *self.data_dir.absolute().parents) if folder.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return None
+        return f"{self.data_dir} cannot be written by this user: comparisons, models and ledger cannot be kept there"
 
     @property
     def host_names(self) -> frozenset[str]:

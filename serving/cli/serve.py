@@ -62,6 +62,8 @@ def serve(
     set_up(settings.log_format)
     if file := settings_file(settings.config):
         logging.getLogger("nearfar").info("settings of %s", file.absolute())
+    if problem := settings.unwritable():
+        logging.getLogger("nearfar").warning(problem)
     first_line = None
     if not settings.models:
         choice = default_models(settings)

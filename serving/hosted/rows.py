@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from models.errors import InvalidValue
 from serving.hosted.pictures import Limits
 from serving.hosted.providers import API_VERSION, NO_KEY, Declared, Protocol, Provider, Retired, Thinking
+from serving.keys import secret
 
 _MESSAGES = "messages+"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -224,20 +224,10 @@ def available(providers: Sequence[Provider], environment: Mapping[str, str]) -> 
     """
     found = []
     for provider in providers:
-        key = _key(provider.api_key_env, environment) if provider.api_key_env else ""
+        key = secret(provider.api_key_env, environment) if provider.api_key_env else ""
         if key or not provider.needs_key:
             found.append(Available(provider, key or NO_KEY))
     return found
-
-
-def _key(name: str, environment: Mapping[str, str]) -> str:
-    file = environment.get(f"{name}_FILE", "").strip()
-    if environment.get(name, "").strip() or not file:
-        return environment.get(name, "").strip()
-    try:
-        return Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"the file that {name}_FILE names cannot be read") from error
 
 
 def _malformed(why: str) -> InvalidValue:

@@ -228,3 +228,32 @@ def serve_away(service: RunningService) -> None:
 def keyed() -> Any:
     with running(keys=limited(policy="local-only"), policy="any", models=("tiny-scenes@fp32",)) as service:
         yield service.ready()
+
+
+def test_a_secret_may_lie_in_a_file_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("one,two\n")
+    (tmp_path / "database").write_text("postgresql://me:hidden@box/records\n")
+    monkeypatch.setenv("NEARFAR_API_KEYS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("NEARFAR_DATABASE_FILE", str(tmp_path / "database"))
+    settings = Settings(config=written(tmp_path, 'database = "sqlite:///other.sqlite3"'))
+    assert settings.api_keys == ("one", "two")
+    assert settings.database == "postgresql://me:hidden@box/records"
+    assert settings.effective()["database"] == ("postgresql://[...]@box/records", "environment")
+    monkeypatch.setenv("NEARFAR_API_KEYS", "three")
+    assert Settings().api_keys == ("three",)
+
+
+def test_a_secrets_file_that_cannot_be_read_is_one_line_and_status_2(tmp_path: Path) -> None:
+    run = nearfar("config", NEARFAR_DATABASE_FILE=str(tmp_path / "nowhere"))
+    assert run.returncode == 2
+    assert "the file that NEARFAR_DATABASE_FILE names cannot be read" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_data_folder_that_can_keep_nothing_is_told(tmp_path: Path) -> None:
+    # That of another user is told in tests/test_images.py: root may write everywhere.
+    (tmp_path / "file").touch()
+    assert Settings(data_dir=tmp_path / "not" / "yet").unwritable() is None
+    problem = Settings(data_dir=tmp_path / "file" / "data").unwritable()
+    assert problem
+    assert problem.startswith(f"{tmp_path}/file/data cannot be written")
