@@ -6,7 +6,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint co
 SOURCES = $(shell find models export comparisons serving -type f -not -path '*/__pycache__/*' -not -path '*/checkpoint/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-slow commands format bundles clean programs
+.PHONY: help demo test check check-slow commands format bundles clean programs image-programs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ check: .venv-test/.installed  ## everything before a commit: formatting, lint, t
 	.venv-test/bin/mypy
 	@$(MAKE) --no-print-directory test
 
-check-slow: .venv-test/.installed  ## the tests marked slow
+check-slow: .venv-test/.installed programs image-programs  ## the tests marked slow
 	.venv-test/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 commands: .venv-test/.installed  ## the documentation's commands that no test runs, and why
@@ -63,14 +63,8 @@ clean:  ## remove the environments and all that tools left behind
 	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,openvino,export,dev]'
 	@touch $@
 
-# The page's tests drive a browser, those of the records start a PostgreSQL of their own, and another looks at what leaves a
-# network namespace. Without these programs they would be skipped, and nobody would know.
-programs:
-	@missing=; \
-	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="chromium fonts-dejavu-core"; \
-	command -v ip >/dev/null || [ "$$(uname)" != Linux ] || missing="$$missing iproute2"; \
-	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
-	if [ -z "$$missing" ]; then exit 0; fi; \
+define INSTALL_MISSING
+if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then \
 		echo "The tests need $$missing: install them, and run this again." >&2; exit 1; \
 	fi; \
@@ -83,3 +77,20 @@ programs:
 	DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -qq --yes --no-install-recommends $$missing >/dev/null || { \
 		echo "$$missing could not be installed with apt-get: install by hand, and run this again." >&2; exit 1; \
 	}
+endef
+
+# The page's tests drive a browser, those of the records start a PostgreSQL of their own, and another looks at what leaves a
+# network namespace. Without these programs they would be skipped, and nobody would know.
+programs:
+	@missing=; \
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="chromium fonts-dejavu-core"; \
+	command -v ip >/dev/null || [ "$$(uname)" != Linux ] || missing="$$missing iproute2"; \
+	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	$(INSTALL_MISSING)
+
+# The test of the images builds and runs one, which only root can do here; elsewhere it is skipped and says so.
+image-programs:
+	@missing=; \
+	if [ "$$(id -u)" != 0 ] || [ "$$(uname)" != Linux ] || ! command -v apt-get >/dev/null; then exit 0; fi; \
+	for program in podman runc debootstrap; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	$(INSTALL_MISSING)

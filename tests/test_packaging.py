@@ -1,22 +1,27 @@
-"""What is installed: the wheel's files, declared dependencies and their pins, the images' rules, make targets."""
+"""What is installed: the wheel's files, declared dependencies and their pins, make targets."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterable
+import venv
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
+from models.errors import Unavailable
+from serving.child import free_port, get, post
+from serving.demo import first_sample
 from tests.test_structure import PACKAGES, imports_of, module_files, module_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,9 +67,9 @@ def pins() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
-    """A wheel of a copy of the sources: building in place would leave build/ behind, and pack what lies there."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: building in place would leave build/ behind, and pack what lies there."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
     for name in (*CODE, "tests"):
@@ -73,11 +78,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     checkpoint = source / "models" / "tiny_scenes" / "checkpoint"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
+    return source
+
+
+def wheel_of(source: Path, out: Path) -> Path:
+    """The wheel that pip makes of a folder or an archive of sources, with what is installed here."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     run = subprocess.run([*command, "--wheel-dir", out, source], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     (built,) = out.glob("nearfar-*.whl")
-    return ZipFile(built)
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
+    return ZipFile(wheel_of(source, tmp_path_factory.mktemp("wheel")))
 
 
 def test_the_wheel_has_every_module_and_no_other_package(wheel: ZipFile) -> None:
@@ -99,9 +114,67 @@ def test_the_wheel_has_bundles_samples_and_page(wheel: ZipFile) -> None:
         assert {f"models/tiny_scenes/bundles/{recipe}/{file}" for file in manifest["files"]} <= names
 
 
-def test_the_wheel_has_no_checkpoint_and_no_tests(wheel: ZipFile) -> None:
-    left_in = [name for name in wheel.namelist() if "checkpoint/" in name or "tests/" in name or "__pycache__" in name]
-    assert left_in == []
+def test_the_wheel_has_nothing_else(wheel: ZipFile) -> None:
+    data = r"models/catalog\.json|models/(reports|specimens|tiny_scenes/(bundles|samples))/.*|serving/page/.*"
+    wanted = rf"{data}|[^/]*\.dist-info/.*"
+    names = [name for name in wheel.namelist() if not name.endswith(".py")]
+    assert [name for name in names if not re.fullmatch(wanted, name)] == []
+    assert [name for name in wheel.namelist() if "checkpoint/" in name or "tests/" in name or "gallery" in name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_wheel_of_the_sdist_is_the_same_and_serves_in_an_empty_environment(
+    source: Path, wheel: ZipFile, tmp_path: Path
+) -> None:
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    (sdist,) = tmp_path.glob("nearfar-*.tar.gz")
+    (tmp_path / "out").mkdir()
+    built = wheel_of(sdist, tmp_path / "out")
+    assert set(ZipFile(built).namelist()) == set(wheel.namelist())
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("NEARFAR_", "PYTHON"))}
+    venv.create(tmp_path / "env", with_pip=True)
+    pip = [tmp_path / "env" / "bin" / "python", "-m", "pip"]
+    install = [*pip, "install", "--quiet", "--constraint", ROOT / "constraints.txt", built]
+    run = subprocess.run(install, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    subprocess.run([*pip, "check"], env=environment, cwd=tmp_path, capture_output=True, check=True)
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    serve = [tmp_path / "env" / "bin" / "nearfar", "serve", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        own = environment | {"NEARFAR_DATA_DIR": str(tmp_path / "data")}
+        process = subprocess.Popen(serve, env=own, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        ask_everything(address, lambda: process.poll() is None, tmp_path / "log")
+    finally:
+        process.terminate()
+    assert process.wait(timeout=30) == 0
+
+
+def ask_everything(address: str, is_running: Callable[[], bool], log: Path) -> None:
+    """The page with all its files, /infer and /compare of a service that is just starting."""
+    deadline = time.monotonic() + 120
+    while not answers(f"{address}/ready"):
+        assert is_running(), log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    assert "<title>nearfar" in get(address)
+    for file in (ROOT / "serving" / "page").rglob("*.*"):
+        if file.suffix in (".js", ".css", ".svg"):
+            assert get(f"{address}/page/{file.relative_to(ROOT / 'serving' / 'page')}") == file.read_text()
+    sample, body = first_sample()
+    assert post(f"{address}/infer", body)["text"] == sample["answer"]
+    compared = post(f"{address}/compare", body | {"reference": sample["answer"]})
+    assert [(each["ok"], each["text"]) for each in compared["results"]] == [(True, sample["answer"])] * 2
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(get(url))
+    except Unavailable:
+        return False
 
 
 def test_the_wheel_has_the_licence_and_the_command(wheel: ZipFile) -> None:
@@ -174,114 +247,6 @@ def test_every_import_of_the_product_is_declared() -> None:
                 if distribution not in allowed:
                     undeclared.add((module, distribution))
     assert undeclared == set()
-
-
-# Images
-
-
-class Step(NamedTuple):
-    """One instruction of a Dockerfile with its continuation lines joined."""
-
-    word: str
-    rest: str
-
-
-def steps_of(text: str) -> list[Step]:
-    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-    joined = re.sub(r"\\\n\s*", "", lines)
-    return [Step(word.upper(), rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
-
-
-def image_faults(text: str) -> list[str]:
-    """What a runtime image of ours must not be, each as one line; empty where all is well."""
-    steps = steps_of(text)
-    last_from = max(number for number, step in enumerate(steps) if step.word == "FROM")
-    final = {step.word: step.rest for step in steps[last_from:]}
-    installs = [number for number, step in enumerate(steps) if step.word == "RUN" and "pip install" in step.rest]
-    code = [
-        number
-        for number, step in enumerate(steps)
-        if step.word == "COPY" and (set(shlex.split(step.rest)) & {".", *CODE})
-        and "pyproject.toml" not in step.rest and "LICENSE" not in step.rest
-    ]  # fmt: skip
-    user = final.get("USER", "root").partition(":")[0]
-    stages = {step.rest.split()[-1] for step in steps if step.word == "FROM" and " AS " in step.rest}
-    bases = [step.rest.split()[0] for step in steps if step.word == "FROM"]
-    rules = {
-        "runs as root, or as a user without a fixed uid": not (user.isdigit() and int(user) > 0),
-        "has no HEALTHCHECK on /health": "/health" not in final.get("HEALTHCHECK", ""),
-        "needs curl or wget": re.search(r"\b(curl|wget)\b", text) is not None,
-        "has no STOPSIGNAL SIGTERM": final.get("STOPSIGNAL") != "SIGTERM",
-        "does not begin nearfar itself": final.get("ENTRYPOINT") != '["nearfar"]',
-        "does not expose 8000": final.get("EXPOSE") != "8000",
-        "serves strangers": "--allow-anonymous" in final.get("CMD", ""),
-        "installs what only export needs": any(
-            name in step.rest for step in steps for name in ("torch", "transformers", "[export", "'export'")
-        ),
-        "installs without the constraints": not any("constraints.txt" in steps[number].rest for number in installs),
-        "copies code before the dependencies are installed": not (installs and code and installs[0] < min(code)),
-        "has a base image without a fixed tag": any(
-            base not in stages and (":" not in base or base.endswith(":latest")) for base in bases
-        ),
-    }
-    return [fault for fault, present in rules.items() if present]
-
-
-@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
-def test_an_image_is_unprivileged_checked_small_and_built_in_layers(name: str) -> None:
-    assert image_faults((ROOT / name).read_text()) == []
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "fault"),
-    [
-        ("USER 10001:10001\n", "", "runs as root"),
-        ("USER 10001:10001", "USER nearfar", "fixed uid"),
-        ("/health", "/", "HEALTHCHECK"),
-        ("STOPSIGNAL SIGTERM\n", "", "STOPSIGNAL"),
-        ("pip install --no-deps .", "pip install torch .", "export needs"),
-        ("COPY pyproject.toml constraints.txt ./", "COPY . .", "copies code before"),
-        ("--constraint constraints.txt", "", "without the constraints"),
-        (":3.11-slim-bookworm", ":latest", "fixed tag"),
-    ],
-)
-def test_a_fault_in_an_image_is_found(old: str, new: str, fault: str) -> None:
-    text = (ROOT / "Dockerfile.cpu").read_text()
-    assert old in text
-    assert [found for found in image_faults(text.replace(old, new)) if fault in found]
-
-
-def dependency_list(name: str, folder: Path) -> set[str]:
-    """The requirements that a Dockerfile's own one-liner takes out of pyproject.toml."""
-    (run,) = [step.rest for step in steps_of((ROOT / name).read_text()) if "tomllib" in step.rest]
-    program = re.search(r'python -c "(.*?)" >', run)
-    assert program
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    done = subprocess.run(
-        [sys.executable, "-c", program[1]], cwd=folder, capture_output=True, text=True, check=True
-    )  # fmt: skip
-    return names_of(done.stdout.split())
-
-
-IMAGE_EXTRAS = [line for name in ("hosted", "video", "documents", "postgres") for line in EXTRAS[name]]
-
-
-def test_the_cpu_image_installs_the_runtime_hosted_and_media(tmp_path: Path) -> None:
-    assert dependency_list("Dockerfile.cpu", tmp_path) == names_of([*PROJECT["dependencies"], *IMAGE_EXTRAS])
-
-
-def test_the_gpu_image_installs_one_onnx_runtime_only(tmp_path: Path) -> None:
-    wanted = names_of([*PROJECT["dependencies"], *IMAGE_EXTRAS, *EXTRAS["gpu"]])
-    assert dependency_list("Dockerfile.gpu", tmp_path) == wanted - {"onnxruntime"}
-
-
-def test_the_build_context_lets_in_what_the_images_copy_and_no_checkpoint() -> None:
-    rules = (ROOT / ".dockerignore").read_text().splitlines()
-    assert rules[1] == "*"
-    for step in steps_of((ROOT / "Dockerfile.cpu").read_text()):
-        if step.word == "COPY" and not step.rest.startswith("--from"):
-            assert {f"!{source}" for source in step.rest.split()[:-1]} <= set(rules)
-    assert "models/tiny_scenes/checkpoint" in rules[rules.index("!models") :]
 
 
 # Commands
