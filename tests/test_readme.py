@@ -18,7 +18,20 @@ import pytest
 
 from serving.child import child_service
 from serving.settings import Settings
-from tests.readmes import PROGRAMS, ROOT, Fence, Unknown, check_nearfar, fences, inline_commands, prose, readmes, walks
+from tests.readmes import (
+    PROGRAMS,
+    ROOT,
+    Fence,
+    Unknown,
+    check_nearfar,
+    fences,
+    inline_commands,
+    main,
+    not_run,
+    prose,
+    readmes,
+    walks,
+)
 from tests.serving.conftest import RunningService, running
 from tests.serving.hub import published_files, running_hub
 
@@ -158,6 +171,36 @@ def test_a_made_up_command_is_found_out() -> None:
         with pytest.raises(Unknown):
             check_nearfar(words)
     check_nearfar(["records", "list|show", "--json"])
+
+
+def test_marks_say_what_is_not_run_what_is_slow_and_nothing_else() -> None:
+    text = """\
+make demo   # a table; needs a package index
+nearfar serve \\
+    --port 0
+nearfar pull x   # says what it needs
+# slow
+nearfar bench
+nearfar pull x   # needs a hub: 1 GB
+"""
+    fence = Fence(file="README.md", line=1, section="", language="sh", text=text)
+    told = [(command.text, command.needs, command.slow) for command in fence.commands]
+    assert told == [
+        ("make demo", "a package index", False),
+        ("nearfar serve --port 0", None, False),
+        ("nearfar pull x   # says what it needs", None, False),
+        ("nearfar bench", None, True),
+        ("nearfar pull x", "a hub: 1 GB", True),
+    ]
+    assert fence.script == [told[1][0], told[2][0], told[3][0]]
+
+
+def test_what_no_test_runs_is_listed_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    listed = capsys.readouterr().out
+    for place, commands in not_run().items():
+        assert place in listed
+        assert all(f"needs {command.needs}" in listed for command in commands)
 
 
 @pytest.mark.parametrize("fence", fences("toml"), ids=str)
