@@ -11,12 +11,14 @@ import json
 import math
 import random
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLORS: dict[str, tuple[int, int, int]] = {
+Levels = tuple[int, int, int]  # red, green, blue
+COLORS: Mapping[str, Levels] = {
     "red": (216, 36, 36),
     "green": (36, 156, 60),
     "blue": (44, 84, 220),
@@ -42,6 +44,19 @@ class Thing:
     y: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Palette:
+    """What a scene is drawn with, and asked about."""
+
+    colors: Mapping[str, Levels]
+    shapes: tuple[str, ...]
+
+
+TRAINED = Palette(colors=COLORS, shapes=SHAPES)
+NEW_COLOR, NEW_SHAPE = "cyan", "cross"  # which the embedded model never saw, nor read: fine-tuning teaches them
+EXTENDED = Palette(colors={**COLORS, NEW_COLOR: (28, 196, 204)}, shapes=(*SHAPES, NEW_SHAPE))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
     """A drawn picture and what is on it, sorted from left to right. `number` is empty where shapes are drawn."""
@@ -49,6 +64,7 @@ class Scene:
     image: Image.Image
     things: tuple[Thing, ...]
     number: str = ""
+    palette: Palette = TRAINED
 
 
 def is_held_out_number(number: str) -> bool:
@@ -56,7 +72,14 @@ def is_held_out_number(number: str) -> bool:
     return number.endswith("3") and zlib.crc32(number.encode()) % 2 == 0
 
 
-def draw_scene(rng: random.Random, *, held_out: bool = False, number: bool | None = None, side_px: int = 0) -> Scene:
+def draw_scene(
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    number: bool | None = None,
+    side_px: int = 0,
+    palette: Palette = TRAINED,
+) -> Scene:
     """A scene of 1 to 5 shapes or a number of 1 to 3 digits; 48 to 256 px a side, or with `side_px` at that longest."""
     if side_px:
         width = height = side_px
@@ -76,21 +99,24 @@ def draw_scene(rng: random.Random, *, held_out: bool = False, number: bool | Non
     soft = max(width, height) <= 160 and rng.random() < 0.5
     scale = 2 if soft else 1
     image = Image.new("RGB", (width * scale, height * scale), ground)
-    colors = [name for name in COLORS if not (dark and name == "black")]
+    colors = {name: level for name, level in palette.colors.items() if not (dark and name == "black")}
     if rng.random() < 0.25 if number is None else number:
         things, text = _draw_number(image, colors, rng, held_out)
     else:
-        things, text = _draw_shapes(image, colors, rng), ""
+        things, text = _draw_shapes(image, colors, palette.shapes, rng), ""
     if soft:
         image = image.resize((width, height), Image.Resampling.BOX)
-    return Scene(image=image, things=tuple(sorted(things, key=lambda thing: thing.x)), number=text)
+    things.sort(key=lambda thing: thing.x)
+    return Scene(image=image, things=tuple(things), number=text, palette=palette)
 
 
-def _paint(color: str, rng: random.Random) -> tuple[int, ...]:
-    return tuple(min(255, max(0, level + rng.randint(-14, 14))) for level in COLORS[color])
+def _paint(color: Levels, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, level + rng.randint(-14, 14))) for level in color)
 
 
-def _draw_shapes(image: Image.Image, colors: list[str], rng: random.Random) -> list[Thing]:
+def _draw_shapes(
+    image: Image.Image, colors: Mapping[str, Levels], shapes: tuple[str, ...], rng: random.Random
+) -> list[Thing]:
     width, height = image.size
     short = min(width, height)
     placed: list[tuple[float, float, float]] = []
@@ -105,12 +131,21 @@ def _draw_shapes(image: Image.Image, colors: list[str], rng: random.Random) -> l
         else:
             continue
         placed.append((x, y, radius))
-        kind, color = rng.choice(SHAPES), rng.choice(colors)
+        kind, color = rng.choice(shapes), rng.choice(list(colors))
         if things and rng.random() < 0.3:  # repeats make counting by colour or shape a real question
             kind, color = rng.choice(((things[-1].kind, color), (kind, things[-1].color)))
-        _draw_shape(draw, kind, x, y, radius, _paint(color, rng), rng)
+        _draw_shape(draw, kind, x, y, radius, _paint(colors[color], rng), rng)
         things.append(Thing(kind=kind, color=color, x=x / width, y=y / height))
     return things
+
+
+# How often the outline is repeated around the middle, from which angle on, and its points: degrees and share of radius.
+_OUTLINES: Mapping[str, tuple[int, float, tuple[tuple[float, float], ...]]] = {
+    "square": (4, 45.0, ((0.0, 1.0),)),
+    "triangle": (3, -90.0, ((0.0, 1.0),)),
+    "star": (5, -90.0, ((0.0, 1.0), (36.0, 0.42))),
+    "cross": (4, 0.0, ((-18.4, 1.0), (18.4, 1.0), (45.0, 0.446))),
+}
 
 
 def _draw_shape(
@@ -120,15 +155,13 @@ def _draw_shape(
         radius *= 0.92
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         return
-    corners, inner, turn = {"square": (4, 0.0, 45.0), "triangle": (3, 0.0, -90.0), "star": (5, 0.42, -90.0)}[kind]
+    corners, turn, outline = _OUTLINES[kind]
     turn += rng.uniform(-14, 14)
     points = []
     for corner in range(corners):
-        angle = math.radians(turn + 360 * corner / corners)
-        points.append((x + radius * math.cos(angle), y + radius * math.sin(angle)))
-        if inner:
-            angle += math.pi / corners
-            points.append((x + radius * inner * math.cos(angle), y + radius * inner * math.sin(angle)))
+        for degrees, share in outline:
+            angle = math.radians(turn + 360 * corner / corners + degrees)
+            points.append((x + radius * share * math.cos(angle), y + radius * share * math.sin(angle)))
     draw.polygon(points, fill=fill)
 
 
@@ -139,7 +172,9 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _draw_number(image: Image.Image, colors: list[str], rng: random.Random, held_out: bool) -> tuple[list[Thing], str]:
+def _draw_number(
+    image: Image.Image, colors: Mapping[str, Levels], rng: random.Random, held_out: bool
+) -> tuple[list[Thing], str]:
     while True:
         text = str(rng.randint(0, 10 ** rng.randint(1, 3) - 1))
         if is_held_out_number(text) == held_out:
@@ -151,8 +186,8 @@ def _draw_number(image: Image.Image, colors: list[str], rng: random.Random, held
     left, top, right, bottom = font.getbbox(text)
     x = rng.uniform(0.03 * width, 0.97 * width - (right - left)) - left
     y = rng.uniform(0.03 * height, 0.97 * height - (bottom - top)) - top
-    color = rng.choice(colors)
-    ImageDraw.Draw(image).text((x, y), text, fill=_paint(color, rng), font=font)
+    color = rng.choice(list(colors))
+    ImageDraw.Draw(image).text((x, y), text, fill=_paint(colors[color], rng), font=font)
     things = []
     for index, digit in enumerate(text):
         middle = x + font.getlength(text[:index]) + font.getlength(digit) / 2
@@ -311,11 +346,12 @@ def ask_count(scene: Scene, rng: random.Random, unseen: bool = False) -> Questio
         return phrase("count", rng, unseen), str(len(scene.things))
     present = rng.random() < 0.85
     if how < 0.6:
-        color = rng.choice(scene.things).color if present else rng.choice(list(COLORS))
+        color = rng.choice(scene.things).color if present else rng.choice(list(scene.palette.colors))
         some, count = f"{color} shapes", sum(thing.color == color for thing in scene.things)
     else:
-        kind = rng.choice(scene.things).kind if present else rng.choice(SHAPES)
-        some, count = f"{kind}s", sum(thing.kind == kind for thing in scene.things)
+        kind = rng.choice(scene.things).kind if present else rng.choice(scene.palette.shapes)
+        plural = f"{kind}es" if kind.endswith("s") else f"{kind}s"
+        some, count = plural, sum(thing.kind == kind for thing in scene.things)
     return phrase("count some", rng, unseen, some=some), str(count)
 
 
@@ -328,7 +364,8 @@ def ask_presence(scene: Scene, rng: random.Random, unseen: bool = False) -> Ques
         color, kind = rng.choice(sorted(there))
         answer = "yes"
     else:
-        absent = [(color, kind) for color in COLORS for kind in SHAPES if (color, kind) not in there]
+        palette = scene.palette
+        absent = [(color, kind) for color in palette.colors for kind in palette.shapes if (color, kind) not in there]
         near = [pair for pair in absent if pair[0] in {c for c, _ in there} or pair[1] in {k for _, k in there}]
         crossed = [pair for pair in near if pair[0] in {c for c, _ in there} and pair[1] in {k for _, k in there}]
         pool = crossed if crossed and rng.random() < 0.5 else near if rng.random() < 0.6 else absent
