@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.decoders import DecoderWriter
-from export.folders import COPIED, check_target, folder_beside, hashes, move_into_place
+from export.folders import COPIED, check_target, folder_beside, hashes, move_into_place, share_files
 from export.graphs import write_embeddings
 from export.quantize import RECIPES, RecipePlan
 from export.vision import halve_vision, quantize_vision, write_vision
@@ -62,18 +62,22 @@ def export_bundle(
 ) -> Manifest:
     """Export the checkpoint folder `source`, with `adapter` merged, into the folder `out` and return its manifest.
 
-    `auto_tile_px` belongs to `detail: auto` and defaults to the tile size. An existing `out` is replaced where it is
-    empty or a bundle; with `overwrite` also where it is another folder. Raises BadRequest for wrong arguments,
-    CheckpointError for a folder that cannot be exported, QualityGateFailed where the graphs differ too much from torch,
-    NearfarError where the disk is too small; `out` is then as it was before.
+    Its name is the source folder's, with an adapter `SOURCE+ADAPTER`. Files that a bundle beside `out` has too are
+    shared with it, by hard links. `auto_tile_px` belongs to `detail: auto` and defaults to the tile size. An existing
+    `out` is replaced where it is empty or a bundle; with `overwrite` also where it is another folder. Raises BadRequest
+    for wrong arguments, CheckpointError for a folder that cannot be exported, QualityGateFailed where the graphs differ
+    too much from torch, NearfarError where the disk is too small; `out` is then as it was before.
     """
     began = time.monotonic()
     if recipe not in RECIPES:
         raise BadRequest(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}", param="recipe")
     source, out = source.resolve(), out.resolve()
-    name = name or source.name
+    name = name or _usual_name(source, adapter)
     if not NAME.fullmatch(name):
-        raise BadRequest(f"a model's name has letters, digits, dot, dash and underscore, got {name!r}", param="name")
+        raise BadRequest(
+            f"a model's name has letters, digits, dot, dash and underscore, MODEL+ADAPTER one plus, got {name!r}",
+            param="name",
+        )
     if auto_tile_px is not None and auto_tile_px < 1:
         raise BadRequest(f"auto_tile_px must be at least 1, got {auto_tile_px}", param="auto_tile_px")
     check_target(source, out, mark=MANIFEST, overwrite=overwrite)
@@ -107,8 +111,14 @@ def export_bundle(
             update={"graphs": graphs, "files": hashes(folder), "replay": FILE, "export": taken}
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        share_files(folder, manifest.files, out.parent)
         move_into_place(folder, out)
     return manifest
+
+
+def _usual_name(source: Path, adapter: Path | None) -> str:
+    model = source.name.partition("@")[0]  # fetched, it stands before the commit
+    return model if adapter is None else f"{model}+{adapter.resolve().name}"
 
 
 def _source_name(source: Path, adapter: Path | None) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from models.bundle import FileEntry, sha256_of
+from models.bundle import MANIFEST, Bundle, FileEntry, sha256_of
 from models.errors import BadRequest, NearfarError
 
 COPIED = (
@@ -62,6 +62,21 @@ def move_into_place(folder: Path, out: Path) -> None:
         except OSError:
             old.rename(out)
             raise
+
+
+def share_files(folder: Path, files: Mapping[str, FileEntry], among: Path) -> None:
+    """Make a file that a bundle in the folder `among` has too a second name of that one, where the system can.
+
+    So the graphs that an adapter leaves as they are lie on disk once. A bundle's files are replaced, never written to.
+    """
+    for manifest in among.glob(f"*/{MANIFEST}"):
+        with suppress(NearfarError, OSError):  # a folder that is no bundle, another file system
+            known = Bundle.read(manifest.parent).manifest.files
+            for name in (name for name, entry in files.items() if known.get(name) == entry):
+                own, whole, link = folder / name, manifest.parent / name, folder / f"{name}.link"
+                if not whole.samefile(own) and sha256_of(whole) == files[name].sha256:
+                    link.hardlink_to(whole)
+                    link.replace(own)
 
 
 def hashes(folder: Path) -> dict[str, FileEntry]:

@@ -22,7 +22,8 @@ from models.images import ImageProcessing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# A model's name, or MODEL+ADAPTER.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\+[A-Za-z0-9][A-Za-z0-9._-]*)?")
 TEXT_SUFFIXES = (".json", ".jinja")
 # `decoder_prompt` is there where a recipe runs the prompt step in a graph of its own, over the same cache.
 GraphName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_prompt"]

@@ -30,10 +30,11 @@ def local_bundles(settings: Settings) -> list[Bundle]:
     return list(by_target.values())
 
 
-def _capability(bundle: Bundle) -> tuple[int, int, str]:
+def _capability(bundle: Bundle) -> tuple[int, bool, int, str]:
+    """A model stands before its fine-tuned ones, which know one task: they are asked by name."""
     recipe = bundle.manifest.recipe
     place = RECIPE_PREFERENCE.index(recipe) if recipe in RECIPE_PREFERENCE else len(RECIPE_PREFERENCE)
-    return -bundle.manifest.shapes.parameters, place, bundle.target
+    return -bundle.manifest.shapes.parameters, "+" in bundle.manifest.name, place, bundle.target
 
 
 class Choice(NamedTuple):

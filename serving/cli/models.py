@@ -70,7 +70,7 @@ def export(
         ),
     ] = "int8",
     adapter: Annotated[Path | None, typer.Option(help="PEFT LoRA adapter folder to merge first")] = None,
-    name: Annotated[str | None, typer.Option(help="model name  [default: the folder's]")] = None,
+    name: Annotated[str | None, typer.Option(help="model name  [default: the folder's, with +ADAPTER's]")] = None,
     license: Annotated[str | None, typer.Option(help="licence of the weights, for the manifest")] = None,
     auto_tile_px: Annotated[
         int | None, typer.Option(help="picture pixels per tile at detail=auto  [default: the tile]")

@@ -19,11 +19,13 @@ import pytest
 
 from export import bundling, decoders, graphs, verify
 from export.bundling import export_bundle
+from export.folders import hashes, share_files
 from export.quantize import RECIPES
 from models.bundle import Bundle
 from models.errors import BadRequest, NearfarError
 from models.onnx_model import OnnxModel
 from models.quality import QualityGateFailed
+from models.tiny_scenes import BUNDLES
 
 SIZE_BOUNDS = {"fp32": 18_000_000, "fp16": 9_500_000, "int8": 12_000_000, "int8-fast": 12_000_000, "int4": 12_000_000}
 
@@ -294,3 +296,18 @@ def test_other_shapes_export(
     model = OnnxModel(Bundle.load(tmp_path / "out"), threads=1)
     assert model.decode(model.embed([0, 1]), model.new_cache(4)).shape == (manifest.shapes.vocab_size,)
     assert model.encode_tiles(np.zeros((5, 3, 90, 90), np.float32)).shape == (5, 9, manifest.shapes.hidden_size)
+
+
+def test_a_file_that_a_bundle_beside_it_has_too_lies_on_disk_once(tmp_path: Path) -> None:
+    base, tuned, broken = tmp_path / "base", tmp_path / "tuned", tmp_path / "broken"
+    for folder in (base, tuned, broken):
+        shutil.copytree(BUNDLES["tiny-scenes@fp32"], folder)
+    (tuned / "onnx" / "decoder_model_merged.onnx").write_bytes(b"another decoder")
+    (base / "tokenizer.json").write_text("no longer what its manifest says")
+    (broken / "manifest.json").write_text("{")
+    share_files(tuned, hashes(tuned), tmp_path)
+    once = {path.name for path in tuned.rglob("*") if path.is_file() and path.stat().st_nlink > 1}
+    assert {"vision_encoder.onnx", "embed_tokens.onnx", "replay.npz"} <= once
+    assert not {"decoder_model_merged.onnx", "tokenizer.json"} & once
+    assert hashes(tuned).keys() == hashes(broken).keys()
+    assert (tuned / "tokenizer.json").read_bytes() == (broken / "tokenizer.json").read_bytes()

@@ -50,6 +50,27 @@ def test_the_command_lists_the_same_catalog(client: httpx2.Client) -> None:
     assert NOT_VERIFIED in shown
 
 
+def test_a_fine_tuned_model_is_asked_as_model_plus_adapter_and_is_never_the_default(
+    tmp_path: Path, red_circle_url: str
+) -> None:
+    names = ["smolvlm2-256m", "smolvlm2-256m+inspection"]
+    for name in names:
+        install(tmp_path, name)
+    assert [each.target for each in default_models(Settings(data_dir=tmp_path)).bundles[:2]] == [
+        f"local/{name}@int8" for name in names
+    ]
+    with running(data_dir=tmp_path, models=(*names,)) as service:
+        ask = service.ready().client.post
+        answers = [
+            ask("/infer", json={"prompt": QUESTION, "images": [red_circle_url], "model": name}).json()
+            for name in (*names, f"local/{names[1]}@int8")
+        ]
+        form = {"prompt": (None, QUESTION), "model": (None, names[1]), "image": ("a.png", Path(PICTURE).read_bytes())}
+        answers.append(ask("/infer", files=form).json())
+    assert [answer["target"] for answer in answers] == [f"local/{names[at]}@int8" for at in (0, 1, 1, 1)]
+    assert {answer["text"] for answer in answers} == {"red"}
+
+
 def test_an_alias_answers_and_says_what_it_stands_for(tmp_path: Path, red_circle_url: str) -> None:
     install(tmp_path, "smolvlm2-500m", "int4")
     body = {"prompt": QUESTION, "images": [red_circle_url], "model": "smolvlm2-turbo"}
