@@ -59,8 +59,8 @@ clean:  ## remove the environments and all that tools left behind
 	@test -x .venv-test/bin/python || { echo "== making .venv-test"; $(PYTHON) -m venv .venv-test; }
 	@echo "== installing torch into .venv-test (a minute or two the first time)"
 	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
-	@echo "== installing nearfar[hosted,video,documents,openvino,export,dev] into .venv-test (a minute or two the first time)"
-	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,openvino,export,dev]'
+	@echo "== installing nearfar[hosted,video,documents,openvino,export,finetune,dev] into .venv-test (a minute or two the first time)"
+	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,openvino,export,finetune,dev]'
 	@touch $@
 
 define INSTALL_MISSING

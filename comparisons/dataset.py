@@ -12,7 +12,7 @@ from pathlib import Path
 
 from comparisons.corruptions import Corruption, corrupted
 from comparisons.measures import EXACTLY, Measure, Score, Tolerance, score
-from models.errors import BadRequest
+from models.errors import BadRequest, InvalidValue
 from models.images import Detail
 from models.request import AnswerRequest, GenerationSettings, OutputFormat, Task, question
 
@@ -91,17 +91,18 @@ class Row:
             "measure": self.measure,
             "task": self.task,
             "slices": self.slices,
-            "files": [each.identity for each in self._files],
+            "files": [each.identity for each in self.files],
         }
 
     @property
-    def _files(self) -> tuple[Media, ...]:
+    def files(self) -> tuple[Media, ...]:
+        """Pictures, document and video."""
         return (*self.images, *(each for each in (self.document, self.video) if each))
 
     @property
     def identity(self) -> tuple[object, ...]:
         """All that an answer depends on, as far as it is known without reading the files."""
-        shown = [(each.identity, each.corruption.name if each.corruption else None) for each in self._files]
+        shown = [(each.identity, each.corruption.name if each.corruption else None) for each in self.files]
         right = (self.references, self.measure, self.tolerance.relative, self.tolerance.absolute)
         return (self.row_id, self.prompt, shown, right, self.task, self.detail, repr(self.output), self.text_first)
 
@@ -137,6 +138,29 @@ class Dataset:
         if limit is None or limit >= len(self.rows):
             return self
         return self.only([self.rows[at] for at in sorted(random.Random(seed).sample(range(len(self.rows)), limit))])
+
+
+def split(dataset: Dataset, share: float, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """The rows, and that share of them set apart, both in their order.
+
+    Rows about one picture stay together, and every combination of slices gives its share. Raises InvalidValue.
+    """
+    if not 0 <= share < 1:
+        raise InvalidValue(f"a share is a number from 0 to below 1, got {share}")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in dataset.rows:
+        groups.setdefault(tuple(each.identity for each in row.files) or (row.row_id,), []).append(row)
+    strata: dict[tuple[str, ...], list[list[Row]]] = {}
+    for group in groups.values():
+        strata.setdefault(group[0].slices, []).append(group)
+    rng, apart, owed = random.Random(seed), set[str](), 0.0
+    for stratum in strata.values():
+        owed += share * len(stratum)  # what rounding took from one goes to the next
+        for group in rng.sample(stratum, min(round(owed), len(stratum))):
+            owed -= 1
+            apart |= {row.row_id for row in group}
+    kept = tuple(row for row in dataset.rows if row.row_id not in apart)
+    return kept, tuple(row for row in dataset.rows if row.row_id in apart)
 
 
 def with_corruptions(dataset: Dataset, corruptions: Sequence[Corruption], seed: int) -> Dataset:

@@ -203,6 +203,31 @@ def _row(
     )
 
 
+def as_line(row: Row) -> str:
+    """The row as `load` reads it in a file of JSON lines anywhere on this machine: files by their whole path."""
+
+    def named(media: Media) -> str:
+        if isinstance(media.source, Path):
+            return str(media.source.resolve())
+        return f"data:;base64,{base64.b64encode(media.source).decode()}"
+
+    line: dict[str, Any] = {
+        "id": row.row_id,
+        "images": list(map(named, row.images)),
+        "document": named(row.document) if row.document else None,
+        "video": named(row.video) if row.video else None,
+        "prompt": row.prompt,
+        "reference": row.references[0] if len(row.references) == 1 else list(row.references) or None,
+        "measure": row.measure,
+        "task": row.task,
+        "detail": row.detail,
+        "tolerance": row.tolerance.relative or None,
+        "schema": row.output.schema if isinstance(row.output, JsonFormat) else None,
+        "slices": list(row.slices),
+    }
+    return json.dumps({name: value for name, value in line.items() if value not in (None, [])}, ensure_ascii=False)
+
+
 def _checked(record: dict[str, Any], place: _Place, layout: Layout | None) -> _Line:
     for name in record:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)

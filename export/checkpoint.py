@@ -34,6 +34,7 @@ MODEL_CLASSES = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LARGE_PARAMETERS = 10**9  # from here on weights stay as they lie on disk, memory-mapped
 ADAPTER_SETTINGS = "adapter_config.json"
+RECORD = "training.json"  # beside it, where this package trained it: its base by hash, and how it was trained
 LORA_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 LORA_SETTINGS = {  # those that are read, and those that matter in training alone
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern", "lora_dropout",
@@ -79,23 +80,25 @@ class Checkpoint:
     prompts: PromptRenderer
     shapes: Shapes
     processing: ImageProcessing
-    weights_sha256: str
+    weights_sha256: str  # of the weight files together, an adapter's included
 
 
-def load_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
+def load_checkpoint(folder: Path, adapter: Path | None = None, *, precision: torch.dtype | None = None) -> Checkpoint:
     """Load and check a folder in the hub's layout, with the PEFT LoRA adapter of another folder merged into it.
 
-    Raises CheckpointError where either is not what it should be, or cannot be exported.
+    With `precision` every weight has that, as training wants it. Raises CheckpointError where either is not what it
+    should be, or cannot be exported.
     """
     config = read_json(folder, "config.json")
     check_config(config, folder)
     weights = weight_files(folder)
     stored = stored_weights(weights)
-    precision = _precision(stored)
-    model = _load_model(MODEL_CLASSES[config["model_type"]], folder, precision, stored)
+    loaded_in = precision or _precision(stored)
+    model = _load_model(MODEL_CLASSES[config["model_type"]], folder, loaded_in, stored)
     if adapter is not None:
-        weights += _merge_adapter(model, adapter)
-    if precision != torch.float32:
+        _check_base(adapter, folder, weights)
+        weights += _merge_adapter(model, adapter, folder)
+    if precision is None and loaded_in != torch.float32:
         model.model.vision_model.float()  # these two are traced, which wants plain modules, and are small
         model.model.connector.float()
         _widen_while_running(model)
@@ -176,7 +179,20 @@ def _widen_while_running(model: nn.Module) -> None:
     room = torch.empty(largest)
 
 
-def _merge_adapter(model: Any, folder: Path) -> list[Path]:
+def _check_base(adapter: Path, folder: Path, weights: list[Path]) -> None:
+    """Raises CheckpointError where the adapter's record names other weights. Adapters made elsewhere have no record."""
+    if not (adapter / RECORD).is_file():
+        return
+    base = read_json(adapter, RECORD).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("sha256"), str):
+        raise CheckpointError(f"{adapter / RECORD} does not name its base")
+    own = sha256_together(weights)
+    if base["sha256"] != own:
+        trained = f"{base.get('name')} ({base['sha256'][:12]})"
+        raise CheckpointError(f"{adapter} was trained on {trained}, and {folder.name} ({own[:12]}) is another base")
+
+
+def _merge_adapter(model: Any, folder: Path, base: Path) -> list[Path]:
     """Add scale * B A to each matrix that the adapter names; returns the adapter's files. https://arxiv.org/abs/2106.09685
 
     Raises CheckpointError for anything that is not understood, rather than merge a part of an adapter.
@@ -187,18 +203,20 @@ def _merge_adapter(model: Any, folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} has no {file.name}; adapters stored as pickle are refused")
     stored_weights([file])
     factors = load_file(file)
+    bases = f"the adapter's base is {config.get('base_model_name_or_path')}, this is {base.name}"
     for name in sorted(factors):
         found = LORA_FACTOR.fullmatch(name)
         module = dict(model.named_modules()).get(found["module"]) if found else None
         b, a = factors.get(name.replace(".lora_A.", ".lora_B.")), factors.get(name.replace(".lora_B.", ".lora_A."))
         if not isinstance(module, nn.Linear) or a is None or b is None:
             raise CheckpointError(
-                f"{file}: {name} belongs to no linear layer of the checkpoint, or lacks its other half"
+                f"{file}: {name} belongs to no linear layer of the checkpoint, or lacks its other half; {bases}"
             )
         if module.weight is model.get_input_embeddings().weight:
             raise CheckpointError(f"{file}: {name} would change the embeddings, which the checkpoint ties to it")
         if a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != module.weight.shape:
-            raise CheckpointError(f"{file}: {name} does not fit a weight of shape {list(module.weight.shape)}")
+            shape = list(module.weight.shape)
+            raise CheckpointError(f"{file}: {name} does not fit a weight of shape {shape}; {bases}")
         if found and found["factor"] == "A":
             rank = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
             change = config["lora_alpha"] / rank * (b.float() @ a.float())

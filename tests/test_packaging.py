@@ -212,7 +212,7 @@ def test_the_pins_are_what_the_tests_run_with() -> None:
     )
     installed = {name_of(each["name"]): each["version"].partition("+")[0] for each in json.loads(listed.stdout)}
     differing = {name: (pin, installed[name]) for name, pin in pins().items() if installed.get(name, pin) != pin}
-    extras = ("hosted", "video", "documents", "export", "dev")
+    extras = ("hosted", "video", "documents", "export", "finetune", "dev")
     missing = names_of([*PROJECT["dependencies"], *(each for extra in extras for each in EXTRAS[extra])]) - set(
         installed
     )
@@ -224,6 +224,7 @@ def test_both_onnx_runtimes_are_pinned_to_one_release() -> None:
 
 
 OPTIONAL = {
+    "export.finetune": "finetune",
     "models.openvino_vision": "openvino",
     "models.video": "video",
     "models.documents": "documents",
@@ -239,7 +240,8 @@ def test_every_import_of_the_product_is_declared() -> None:
         module = module_name(path)
         scripts = ("models.tiny_scenes.train",)  # run from a checkout, with [export]
         own = EXTRAS[OPTIONAL[module]] if module in OPTIONAL else []
-        allowed = with_export if module.startswith("export") or module in scripts else declared | names_of(own)
+        exports = module.startswith("export") or module in scripts
+        allowed = (with_export if exports else declared) | names_of(own)
         for imported in imports_of(path.read_text(), module):
             top = imported.module.partition(".")[0]
             if top and top not in sys.stdlib_module_names and top not in PACKAGES:

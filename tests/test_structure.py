@@ -37,6 +37,7 @@ HOMES = {
     "torch": ("export", *TRAINING),
     "transformers": ("export", *TRAINING),
     "optimum": ("export",),
+    "peft": ("export.finetune",),
     "onnx": ("export",),
     "onnx_ir": ("export",),
     "onnxscript": ("export",),

@@ -26,6 +26,7 @@ COMMANDS = {
     "models": "models:models",
     "pull": "models:pull",
     "export": "models:export",
+    "finetune": "finetune:finetune",
     "adopt": "models:adopt",
     "verify": "models:verify",
     "bench": "bench:bench",

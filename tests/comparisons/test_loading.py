@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from comparisons.dataset import Dataset
-from comparisons.loading import Defaults, load
-from models.errors import BadRequest
+from comparisons.dataset import Dataset, Media, Row, split
+from comparisons.loading import Defaults, as_line, load
+from models.errors import BadRequest, InvalidValue
 from models.request import GenerationSettings, ImagePart, JsonFormat, TextPart
 
 
@@ -258,3 +258,55 @@ def test_pope_asks_yes_or_no_about_objects(tmp_path):
     assert (yes.slices, no.slices) == (("right=yes",), ("right=no",))
     assert no.score("No, there is no dog.").correct
     assert not no.score("Yes").correct
+
+
+def test_a_row_that_was_read_can_be_written_and_read_elsewhere_as_the_same(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(picture())
+    embedded = f"data:image/png;base64,{base64.b64encode(picture(9)).decode()}"
+    lines = [
+        {"image": "a.png", "prompt": "Which color?", "reference": ["red", "rouge"], "slices": {"kind": "color"}},
+        {"id": "7b", "images": ["a.png", embedded], "prompt": "Read.", "reference": 4.5, "measure": "number",
+         "tolerance": 0.1, "detail": "low"},
+        {"image": "a.png", "prompt": "As JSON.", "reference": {"a": [1]}, "schema": {"type": "object"}},
+        {"image": "a.png", "task": "caption"},
+    ]  # fmt: skip
+    first = read(written(tmp_path / "data", *lines))
+    elsewhere = tmp_path / "held_out.jsonl"
+    elsewhere.write_text("".join(f"{as_line(row)}\n" for row in first.rows))
+    assert read(elsewhere).fingerprint == first.fingerprint
+    assert [row.slices for row in read(elsewhere).rows] == [row.slices for row in first.rows]
+
+
+def drawn_rows(count: int, **slices: int) -> Dataset:
+    """Two questions about every picture; of each slice as many pictures as it says, in turn."""
+    names = [name for name, pictures in slices.items() for _ in range(pictures)]
+    rows = [
+        Row(row_id=f"{at}{part}", prompt=part, images=(Media(source=f"{at}".encode()),), slices=(name,))
+        for at, name in enumerate(names)
+        for part in "ab"
+    ]
+    assert len(rows) == count
+    return Dataset(name="drawn", rows=tuple(rows), licence="none")
+
+
+def test_a_share_set_apart_keeps_pictures_whole_and_slices_in_proportion():
+    dataset = drawn_rows(220, rare=10, common=100)
+    kept, apart = split(dataset, 0.2, seed=3)
+    assert {*kept, *apart} == {*dataset.rows}
+    assert not {row.images for row in kept} & {row.images for row in apart}
+    assert [sum(row.slices == (name,) for row in apart) for name in ("rare", "common")] == [4, 40]
+    assert split(dataset, 0.2, seed=3) == (kept, apart)
+    assert split(dataset, 0.2, seed=4) != (kept, apart)
+    assert split(dataset, 0.0, seed=3) == (dataset.rows, ())
+
+
+def test_slices_of_one_picture_each_give_their_share_together():
+    kept, apart = split(drawn_rows(40, **{f"slice{number}": 1 for number in range(20)}), 0.25, seed=0)
+    assert (len(kept), len(apart)) == (30, 10)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(InvalidValue, match="a share is a number from 0 to below 1"):
+        split(drawn_rows(2, one=1), share, seed=0)
