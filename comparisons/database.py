@@ -57,14 +57,18 @@ def told_plainly(verb: str, is_sqlite: bool) -> Iterator[None]:
         raise Unavailable(f"the records cannot be {verb}: {reason}") from error
 
 
-def within_time(url: URL) -> dict[str, str]:
+def connect_options(url: URL) -> dict[str, str]:
     """For a driver to connect with: PostgreSQL on a machine that is gone keeps nobody waiting, TCP alone would for
-    minutes. What the address says itself stands.
+    minutes; and it speaks UTF-8 where it was made without an encoding too. What the address says itself stands.
     """
     if url.get_backend_name() != "postgresql":
         return {}
-    limits = {"connect_timeout": f"{CONNECT_S}", "tcp_user_timeout": f"{UNANSWERED_S * 1000}"}
-    return {name: limit for name, limit in limits.items() if name not in url.query}
+    options = {
+        "connect_timeout": f"{CONNECT_S}",
+        "tcp_user_timeout": f"{UNANSWERED_S * 1000}",
+        "client_encoding": "utf8",
+    }
+    return {name: option for name, option in options.items() if name not in url.query}
 
 
 def make_private(file: Path) -> None:

@@ -36,10 +36,10 @@ from comparisons.database import (
     WRITES,
     begin_sqlite,
     check_room,
+    connect_options,
     make_private,
     prepare_sqlite,
     told_plainly,
-    within_time,
 )
 from comparisons.records import ArmRecord, Cast, Record, Told
 from models.errors import InvalidValue, Unavailable
@@ -103,7 +103,7 @@ class Store:
         with told_plainly("opened", self._is_sqlite):
             if self._is_sqlite:
                 make_private(Path(url.database or ""))
-            self._engine = create_engine(url, pool_pre_ping=not self._is_sqlite, connect_args=within_time(url))
+            self._engine = create_engine(url, pool_pre_ping=not self._is_sqlite, connect_args=connect_options(url))
             if self._is_sqlite:
                 event.listen(self._engine, "connect", prepare_sqlite)
                 event.listen(self._engine, "begin", begin_sqlite)

@@ -267,13 +267,6 @@ class Settings(BaseSettings):
             )
         return None
 
-    def unwritable(self) -> str | None:
-        """Why the data folder can keep nothing; None where it can. It may not be there yet."""
-        there = next(folder for folder in (self.data_dir, *self.data_dir.absolute().parents) if folder.exists())
-        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
-            return None
-        return f"{self.data_dir} cannot be written by this user: comparisons, models and ledger cannot be kept there"
-
     @property
     def host_names(self) -> frozenset[str]:
         """Host header values that are answered, without port."""

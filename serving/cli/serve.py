@@ -16,6 +16,7 @@ from models.errors import NearfarError
 from models.request import Policy
 from serving.cli.console import ConfigOption, ModelsOption, OfflineFlag, YesFlag, fail, settings_from
 from serving.cli.fetching import fetch_absent
+from serving.doctor.machine import disk_of
 from serving.local_models import default_models
 from serving.logs import set_up
 from serving.settings import Settings, settings_file
@@ -62,8 +63,9 @@ def serve(
     set_up(settings.log_format)
     if file := settings_file(settings.config):
         logging.getLogger("nearfar").info("settings of %s", file.absolute())
-    if problem := settings.unwritable():
-        logging.getLogger("nearfar").warning(problem)
+    if not disk_of(settings.data_dir).writable:
+        what = "comparisons, models and the ledger cannot be kept there"
+        logging.getLogger("nearfar").warning("%s cannot be written by this user: %s", settings.data_dir, what)
     first_line = None
     if not settings.models:
         choice = default_models(settings)

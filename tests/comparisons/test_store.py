@@ -217,6 +217,19 @@ def test_in_postgresql_a_deleted_record_leaves_the_tables_files(postgres_address
     engine.dispose()
 
 
+def test_in_postgresql_without_an_encoding_a_record_comes_back_as_it_went(postgres_address: str) -> None:
+    url = database_url(postgres_address, Path())
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:  # as initdb makes it where no locale is set
+        connection.exec_driver_sql("CREATE DATABASE plain TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
+    engine.dispose()
+    store = Store(url.set(database="plain"))
+    kept = record(1, text="größer als 3 €")
+    store.add(kept)
+    assert store.get("cmp_0001") == kept
+    store.close()
+
+
 def test_deletion_says_how_many_there_were_and_leaves_the_others(store: Store) -> None:
     for number in range(4):
         store.add(record(number, owner="anna" if number else "ben"))

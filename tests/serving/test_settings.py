@@ -248,12 +248,3 @@ def test_a_secrets_file_that_cannot_be_read_is_one_line_and_status_2(tmp_path: P
     assert run.returncode == 2
     assert "the file that NEARFAR_DATABASE_FILE names cannot be read" in run.stderr
     assert run.stderr.count("\n") == 1
-
-
-def test_a_data_folder_that_can_keep_nothing_is_told(tmp_path: Path) -> None:
-    # That of another user is told in tests/test_images.py: root may write everywhere.
-    (tmp_path / "file").touch()
-    assert Settings(data_dir=tmp_path / "not" / "yet").unwritable() is None
-    problem = Settings(data_dir=tmp_path / "file" / "data").unwritable()
-    assert problem
-    assert problem.startswith(f"{tmp_path}/file/data cannot be written")
