@@ -8,11 +8,11 @@ their turn. `python -m models.memory` prints the table of models/README.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from models.bundle import Bundle, Shapes
+from models.bundle import Bundle, GraphName, Shapes
 from models.catalog import ROWS, Row, Shape
 from models.errors import BundleError, Unavailable
 from models.kv_cache import CACHE_STEP, padded
@@ -99,17 +99,24 @@ def need_of(bundle: Bundle) -> Need:
     """Of a bundle, from its manifest and config.json. Raises BundleError."""
     manifest = bundle.manifest
     shape = shape_of(bundle)
-    graphs = [
-        sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(graph.file))
-        for graph in manifest.graphs.values()
-    ]
-    half = manifest.recipe in ("fp16", "q4f16")
-    return need(shape, graphs, cache_value_bytes=2 if half else 4)
+    graphs = {
+        name: sum(entry.bytes for file, entry in manifest.files.items() if file.startswith(graph.file))
+        for name, graph in manifest.graphs.items()
+    }
+    return _need_under(manifest.recipe, shape, graphs)
 
 
 def need_of_row(row: Row, recipe: str) -> Need:
     """Of a model in the catalog, whether it is here or not."""
-    return need(row.shape, row.graph_bytes(recipe).values(), cache_value_bytes=2 if recipe == "fp16" else 4)
+    return _need_under(recipe, row.shape, row.graph_bytes(recipe))
+
+
+def _need_under(recipe: str, shape: Shape, graph_bytes: Mapping[GraphName, int]) -> Need:
+    half = recipe in ("fp16", "q4f16")
+    # A CPU widens float16 factors when it loads them (335 MB of them took 690, onnxruntime 1.31); rows looked up stay.
+    widened = {"fp16": ("vision_encoder", "decoder_model_merged"), "q4f16": ("vision_encoder",)}.get(recipe, ())
+    sizes = [size * (2 if graph in widened else 1) for graph, size in graph_bytes.items()]
+    return need(shape, sizes, cache_value_bytes=2 if half else 4)
 
 
 class Fit(NamedTuple):

@@ -87,8 +87,8 @@ def look(settings: Settings, environment: Mapping[str, str]) -> Machine:
 
 
 def disk_of(folder: Path) -> Disk:
-    """Of a folder, or of the nearest above it that is there."""
-    there = next((each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir()), Path("/"))
+    """Of a folder that may not be there yet. Nothing is left behind."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     try:
         with TemporaryFile(dir=there):  # without a name; os.access tells root that it may write everywhere
             writable = True

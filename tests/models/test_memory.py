@@ -13,7 +13,19 @@ from models.bundle import Bundle
 from models.catalog import ROWS
 from models.errors import ContextLengthExceeded, Unavailable
 from models.kv_cache import padded
-from models.memory import GB, PROCESS_BYTES, Need, default_budget, fit, need_of, need_of_row, plan, table, total_bytes
+from models.memory import (
+    GB,
+    PROCESS_BYTES,
+    Need,
+    default_budget,
+    fit,
+    need,
+    need_of,
+    need_of_row,
+    plan,
+    table,
+    total_bytes,
+)
 from models.onnx_model import OnnxModel
 from models.tiny_scenes import BUNDLES
 
@@ -115,6 +127,13 @@ def test_a_refusal_shows_its_sum() -> None:
 def test_a_half_precision_cache_takes_half() -> None:
     row = ROWS["smolvlm2-256m"]
     assert need_of_row(row, "fp16").cache_per_position * 2 == need_of_row(row, "fp32").cache_per_position == 46_080
+
+
+def test_float16_factors_count_as_the_float32_that_a_cpu_makes_of_them() -> None:
+    row = ROWS["smolvlm2-256m"]
+    half, full = (need(row.shape, row.graph_bytes(recipe).values()).weights for recipe in ("fp16", "fp32"))
+    assert half < 0.6 * full  # their files
+    assert 0.9 * full < need_of_row(row, "fp16").weights < full  # all but the rows that are looked up
 
 
 def test_the_readme_has_the_table_of_the_formula() -> None:

@@ -307,4 +307,6 @@ def test_a_disk_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> N
     assert (found.folder, found.writable) == (tmp_path / "models" / "of mine", True)
     assert found.free_bytes > 0
     assert [*tmp_path.iterdir()] == []
+    (tmp_path / "file").touch()
+    assert not disk_of(tmp_path / "file" / "models").writable
     assert not disk_of(Path("/proc/nearfar")).writable
