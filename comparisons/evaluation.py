@@ -1,6 +1,7 @@
 """A data set through many targets: every row, every target, interleaved, each answer stored before the next is asked.
 
-Targets of this machine are measured alone. Hosted ones may be asked several questions at once, but not meanwhile.
+Targets of this machine are measured alone. Hosted ones may be asked several questions at once, but not meanwhile; so
+may local ones of a service with several replicas. Such times count in no decision.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from models.reduction import Reduction
 from models.request import AnswerRequest, GenerationSettings, Policy
 
 MAX_CONCURRENCY = 64
+MAX_WORKERS = 1024
 LOAD_ROWS = 16  # asked of one target after another, where only one of them fits into memory
 
 
@@ -39,10 +41,14 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a data set is asked. `seed` fixes the order of rows and targets."""
+    """How a data set is asked. `seed` fixes the order of rows and targets.
+
+    At once, hosted targets get `concurrency` questions, local ones `workers`: as many as there are replicas of them.
+    """
 
     repeats: int = 1
     concurrency: int = 1
+    workers: int = 1
     seed: int = 0
     max_usd: float | None = None
     max_tokens: int = 256
@@ -52,7 +58,11 @@ class Plan:
     again: frozenset[Ask] = field(default_factory=frozenset)  # answered, and asked again all the same
 
     def __post_init__(self) -> None:
-        bounds = {"repeats": (self.repeats, 1000), "concurrency": (self.concurrency, MAX_CONCURRENCY)}
+        bounds = {
+            "repeats": (self.repeats, 1000),
+            "concurrency": (self.concurrency, MAX_CONCURRENCY),
+            "workers": (self.workers, MAX_WORKERS),
+        }
         for name, (value, most) in bounds.items():
             if not 1 <= value <= most:
                 raise InvalidValue(f"{name} must be 1 to {most}, got {value}", param=name)
@@ -111,14 +121,14 @@ class Evaluation:
         Raises BudgetSpent before a question that could pass `max_usd`, once what is in hand is stored, and Unavailable
         where the file cannot be written. Closing the iterator early cancels what is in hand.
         """
-        at_once = self._plan.concurrency
+        at_once, workers = self._plan.concurrency, self._plan.workers
         for block in self._blocks():
-            alone = [turn for turn in block if turn.arm.alone or at_once == 1]
+            alone = [turn for turn in block if turn.arm.alone or at_once == workers == 1]
             together = [turn for turn in block if turn not in alone]
             if self._take_turns:
                 targets = [turn.ask.target for turn in alone]
                 alone.sort(key=lambda turn: targets.index(turn.ask.target))
-            groups = [(alone, 1), (together, at_once)]
+            groups = [(alone, workers), (together, at_once)]
             for turns, limit in self._rng.sample(groups, len(groups)):
                 async with aclosing(self._asked(turns, limit)) as answers:
                     async for answered in answers:
@@ -131,11 +141,14 @@ class Evaluation:
         return max(self._loads.values(), default=0) > 1
 
     def _blocks(self) -> Iterator[list[_Turn]]:
-        """Rows that are asked together: one, as many as hosted targets are asked at once, or enough to load for."""
+        """Rows that are asked together: one, as many as hosted targets are asked at once, or enough to load for, or to
+        keep all replicas at work.
+        """
         for repeat in range(self._plan.repeats):
             start = 0
             while start < len(self.rows):
-                end = start + max(self._plan.concurrency, LOAD_ROWS if self._take_turns else 1)
+                many = self._take_turns or self._plan.workers > 1
+                end = start + max(self._plan.concurrency, LOAD_ROWS * self._plan.workers if many else 1)
                 turns = [turn for row in self.rows[start:end] for turn in self._turns_of(row, repeat)]
                 yield [turn for turn in turns if not self._is_done(turn)]
                 start = end

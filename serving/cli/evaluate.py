@@ -49,6 +49,9 @@ def evaluate(
     images: Annotated[Path | None, typer.Option(help="folder of the pictures  [default: the file's]")] = None,
     repeats: Annotated[int, typer.Option(help="times that every row is asked")] = 1,
     concurrency: Annotated[int, typer.Option(help="questions to hosted targets at once; local ones run alone")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="questions to local targets of --url at once: as many as it has replicas")
+    ] = 1,
     limit: Annotated[int | None, typer.Option(help="rows to ask, drawn by the seed")] = None,
     seed: Annotated[int, typer.Option(help="of the order, of corruptions and of drawn sets")] = 0,
     max_usd: Annotated[float | None, typer.Option(help="stop before a question that could pass it")] = None,
@@ -76,10 +79,13 @@ def evaluate(
     from serving.evaluate import Job, run_path
 
     settings = settings_from(policy=policy, endpoints=tuple(endpoint or ()))
+    if workers > 1 and not url:
+        fail("--workers needs --url of a service with replicas: nearfar serve --ray --replicas N", status=2)
     try:
         plan = Plan(
             repeats=repeats,
             concurrency=concurrency,
+            workers=workers,
             seed=seed,
             max_usd=max_usd,
             max_tokens=max_tokens,

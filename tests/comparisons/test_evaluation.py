@@ -100,6 +100,18 @@ async def test_hosted_targets_are_asked_several_at_once_and_local_ones_alone(tmp
 
 
 @pytest.mark.asyncio
+async def test_local_targets_with_replicas_are_asked_as_many_at_once_and_the_board_says_so(tmp_path, answering):
+    hand: Counter[str] = Counter()
+    local, far = (Counting(answering(name, pause_s=0.002), [], hand) for name in ("local/a", "far/b"))
+    arms = [Arm(answerer=local), Arm(answerer=far, alone=False)]
+    run = await evaluated(tmp_path / "r", dataset(70), arms, Plan(workers=3))
+    assert (local.most, far.most) == (3, 1)
+    assert len(run.answers) == 140
+    board = scoreboard(dataset(70).rows, ["local/a", "far/b"], run.answers)
+    assert [each.at_once for each in board.targets] == [3, 1]
+
+
+@pytest.mark.asyncio
 async def test_targets_that_do_not_fit_into_memory_together_take_turns_by_blocks_of_rows(tmp_path, finish):
     class Swapped:
         """One of two models of which one is in memory at a time."""
