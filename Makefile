@@ -6,7 +6,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint co
 SOURCES = $(shell find models export comparisons serving -type f -not -path '*/__pycache__/*' -not -path '*/checkpoint/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-slow commands format bundles clean programs image-programs
+.PHONY: help demo test check check-slow check-ray commands format bundles clean programs image-programs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,8 +23,12 @@ check: .venv-test/.installed  ## everything before a commit: formatting, lint, t
 	.venv-test/bin/mypy
 	@$(MAKE) --no-print-directory test
 
-check-slow: .venv-test/.installed programs image-programs  ## the tests marked slow
-	.venv-test/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+check-slow: .venv-test/.installed programs image-programs  ## the tests marked slow, and those in environments of their own
+	.venv-test/bin/python -m pytest -m "slow and not gpu and not ray" $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory check-ray
+
+check-ray: .venv-ray/.installed programs  ## the tests that need Ray, in an environment of its own
+	.venv-ray/bin/python -m pytest -m ray $(PYTEST_ARGS)
 
 commands: .venv-test/.installed  ## the documentation's commands that no test runs, and why
 	@.venv-test/bin/python -m tests.readmes
@@ -41,7 +45,7 @@ bundles: .venv-test/.installed  ## export the embedded model's bundles from its 
 	done
 
 clean:  ## remove the environments and all that tools left behind
-	rm -rf .venv .venv-test build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-ray build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed as users install it, so a changed source is installed again. build/ goes first: setuptools would pack what lies there.
@@ -61,6 +65,13 @@ clean:  ## remove the environments and all that tools left behind
 	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
 	@echo "== installing nearfar[hosted,video,documents,openvino,export,finetune,dev] into .venv-test (a minute or two the first time)"
 	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,openvino,export,finetune,dev]'
+	@touch $@
+
+# What does not go together with the rest, or is large: .venv-NAME has the extra of that name and what tests need.
+.venv-%/.installed: pyproject.toml constraints.txt
+	@test -x .venv-$*/bin/python || { echo "== making .venv-$*"; $(PYTHON) -m venv .venv-$*; }
+	@echo "== installing nearfar[hosted,dev,$*] into .venv-$* (a minute or two the first time)"
+	@.venv-$*/bin/python $(PIP_INSTALL) --editable '.[hosted,dev,$*]'
 	@touch $@
 
 define INSTALL_MISSING

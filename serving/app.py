@@ -40,11 +40,11 @@ def create_app(settings: Settings, environment: Mapping[str, str] | None = None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(load())
+        app.state.loading = asyncio.create_task(load())
         try:
             yield
         finally:
-            loading.cancel()
+            app.state.loading.cancel()
             await services.aclose()
 
     async def load() -> None:
@@ -55,12 +55,15 @@ def create_app(settings: Settings, environment: Mapping[str, str] | None = None)
         else:
             log.info("ready: %s", ", ".join(target.name for target in services.targets()))
 
+    async def exposition() -> bytes:
+        return metrics.text()
+
     services = Services(settings, os.environ if environment is None else environment)
     # Without FastAPI's own pages about it, which load scripts from elsewhere.
     app = FastAPI(title="nearfar", lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics(services.engine_figures, services.spending, services.routes.breakers)
     app.state.services, app.state.settings, app.state.metrics = services, settings, metrics
-    app.state.keys = KeyRing(settings.all_keys())
+    app.state.keys, app.state.exposition = KeyRing(settings.all_keys()), exposition
     add_error_handlers(app)
     rooms = (
         infer,

@@ -20,7 +20,7 @@ from models.errors import Unavailable
 
 READY_WITHIN_S = 300.0  # on two busy cores a model of 2.2B was read, checked and warmed in more than one minute
 # Loopback only, whatever proxy the environment names.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: IO[by
             lines = log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
             raise Unavailable(f"the service ended with status {process.returncode}: {lines[-1]}")
         try:
-            with _OPENER.open(f"{address}/ready", timeout=5) as response:
+            with OPENER.open(f"{address}/ready", timeout=5) as response:
                 if response.status == 200:
                     return
         except OSError as error:
@@ -101,7 +101,7 @@ def get(url: str) -> str:
 
 def _read(url: str, request: urllib.request.Request) -> bytes:
     try:
-        with _OPENER.open(request, timeout=60) as response:
+        with OPENER.open(request, timeout=60) as response:
             content: bytes = response.read()
             return content
     except urllib.error.HTTPError as error:

@@ -12,6 +12,8 @@ from typing import Literal, assert_never
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from models.errors import NearfarError
@@ -56,6 +58,29 @@ class _Money(Collector):
             GaugeMetricFamily("nearfar_held_today_dollars", "Dollars held for requests under way", labels=labels),
             GaugeMetricFamily("nearfar_budget_left_dollars", left, labels=["budget"]),
         )
+
+
+class _Merged(Collector):
+    """The figures of several services, each with a label more."""
+
+    def __init__(self, texts: Mapping[str, bytes]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, text in self._texts.items():
+            for found in text_string_to_metric_families(text.decode()):
+                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+                for name, labels, value, *_ in found.samples:
+                    family.add_sample(name, {"replica": replica, **labels}, value)
+        yield from families.values()
+
+
+def merged(texts: Mapping[str, bytes]) -> bytes:
+    """The texts of several replicas by their names as one, in which every series has the label `replica`."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(texts))
+    return generate_latest(registry)
 
 
 class Metrics:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -63,7 +64,7 @@ def settings_file(named: Path | str | None = None) -> Path | None:
     return FILE if FILE.is_file() else None
 
 
-def _read(file: Path, settings: type[BaseSettings]) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     """Raises InvalidValue in one line, without what stands in the file."""
     try:
         values = tomllib.loads(file.read_text())
@@ -71,12 +72,18 @@ def _read(file: Path, settings: type[BaseSettings]) -> dict[str, Any]:
         raise InvalidValue(f"{file}: {error.strerror}") from error
     except ValueError as error:  # TOML's and UTF-8's errors
         raise InvalidValue(f"{file} is not TOML: {str(error).splitlines()[0]}") from error
-    unknown = sorted(set(values) - (set(settings.model_fields) - {"config"}))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], settings.model_fields, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InvalidValue(f"{file}: there is no setting {unknown[0]!r}{hint}")
+    check_names(values, str(file))
     return values
+
+
+def check_names(values: Iterable[str], place: str) -> None:
+    """Raises InvalidValue for a name that is no setting, of a file or what stands for one."""
+    known = set(Settings.model_fields) - {"config"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InvalidValue(f"{place}: there is no setting {unknown[0]!r}{hint}")
 
 
 class Settings(BaseSettings):
@@ -184,7 +191,7 @@ class Settings(BaseSettings):
         file = settings_file(init_settings().get("config"))
         found = {name: secret(f"NEARFAR_{name}".upper(), os.environ) for name in SECRETS}
         secrets = InitSettingsSource(settings_cls, {name: value for name, value in found.items() if value})
-        in_file = InitSettingsSource(settings_cls, _read(file, settings_cls) if file else {})
+        in_file = InitSettingsSource(settings_cls, _read(file) if file else {})
         return init_settings, env_settings, secrets, in_file
 
     @field_validator("models", "api_keys", "allowed_hosts", mode="before")
@@ -236,7 +243,7 @@ class Settings(BaseSettings):
     def effective(self) -> dict[str, Shown]:
         """Every setting, fit to be shown: of keys the names alone, no password in an address."""
         file = settings_file(self.config)
-        in_file = _read(file, Settings) if file else {}
+        in_file = _read(file) if file else {}
         environment = {name.upper() for name in os.environ}
         found = {}
         for name, value in self.model_dump(mode="json").items():

@@ -229,6 +229,8 @@ OPTIONAL = {
     "models.video": "video",
     "models.documents": "documents",
     "serving.power": "gpu",
+    "serving.ray_head": "ray",
+    "serving.ray_service": "ray",
 }
 
 

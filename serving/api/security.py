@@ -53,6 +53,12 @@ def host_name(header: str) -> str:
     return header.partition(":")[0]
 
 
+def request_id_of(headers: Headers) -> str:
+    """The one that the client offers, where it is plain enough for a log, or a new one."""
+    offered = headers.get("x-request-id", "")
+    return offered if _REQUEST_ID.fullmatch(offered) else f"req_{secrets.token_hex(8)}"
+
+
 class Guard:
     """ASGI middleware. What it lets pass has a request id and a `receive` that counts and times the body."""
 
@@ -64,8 +70,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        offered = headers.get("x-request-id", "")
-        request_id = offered if _REQUEST_ID.fullmatch(offered) else f"req_{secrets.token_hex(8)}"
+        request_id = request_id_of(headers)
         caller = Caller()
         scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
         begun, status = time.perf_counter(), 500

@@ -128,7 +128,7 @@ async def egress(request: Request) -> dict[str, Any]:
 @keyed.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus' text. It wakes no model."""
-    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
+    return Response(await request.app.state.exposition(), headers={"content-type": CONTENT_TYPE})
 
 
 @router.get("/", response_class=HTMLResponse)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import uvicorn
 
-from models.errors import NearfarError
+from models.errors import InvalidValue, NearfarError
 from models.request import Policy
 from serving.cli.console import ConfigOption, ModelsOption, OfflineFlag, YesFlag, fail, settings_from
 from serving.cli.fetching import fetch_absent
@@ -39,6 +39,14 @@ def serve(
         bool | None, typer.Option("--keep-inputs", help="keep question and files of comparisons with their records")
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json, one object a line  [default: text]")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="as replicas behind Ray Serve's proxy")] = False,
+    replicas: Annotated[
+        str, typer.Option(metavar="N|LEAST-MOST", help="with --ray; between two, as requests wait")
+    ] = "1",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT|auto", help="with --ray, the head of a cluster  [default: a Ray of its own]"),
+    ] = None,
     yes: YesFlag = False,
     offline: OfflineFlag = False,
 ) -> None:
@@ -66,12 +74,28 @@ def serve(
     if not disk_of(settings.data_dir).writable:
         what = "comparisons, models and the ledger cannot be kept there"
         logging.getLogger("nearfar").warning("%s cannot be written by this user: %s", settings.data_dir, what)
+    if ray:
+        return _run_on_ray(settings, replicas, ray_address)
+    if ray_address or replicas != "1":
+        fail("--replicas and --ray-address need --ray", status=2)
     first_line = None
     if not settings.models:
         choice = default_models(settings)
         first_line = choice.text
         settings = settings.model_copy(update={"models": tuple(str(bundle.folder) for bundle in choice.bundles)})
     run_server(settings, first_line)
+
+
+def _run_on_ray(settings: Settings, replicas: str, address: str | None) -> None:
+    from serving.ray_head import serve_on_ray
+    from serving.ray_settings import Replicas
+
+    try:
+        serve_on_ray(settings, Replicas.parse(replicas), address)
+    except InvalidValue as error:
+        fail(error.message, status=2)
+    except NearfarError as error:
+        fail(error.message)
 
 
 def run_server(settings: Settings, first_line: str | None) -> None:

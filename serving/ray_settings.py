@@ -1,0 +1,97 @@
+"""How many replicas, on what, and what Ray is told before it is imported. Imports no Ray."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.errors import InvalidValue
+from models.memory import default_budget
+from serving.settings import Settings
+
+APPLICATION = "nearfar"
+DEPLOYMENT = "service"
+MAX_REPLICAS = 1000
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+# Ray reads them when it is imported or started, and its processes inherit them. On a cluster they belong into the
+# environment of `ray start` on every machine.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.api.behind_ray.middlewares",
+}
+# Beside them, for a Ray of one's own. Without clusters it listens on loopback alone, here as on a Mac.
+OF_ITS_OWN = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicas:
+    """How many at least and at most; Ray adds and removes some in between, as requests wait."""
+
+    least: int = 1
+    most: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most <= MAX_REPLICAS:
+            raise InvalidValue(f"replicas: N or LEAST-MOST of 1 to {MAX_REPLICAS}, as 2 or 1-4", param="replicas")
+
+    @classmethod
+    def parse(cls, text: str) -> Replicas:
+        """`2`, or `1-4`. Raises InvalidValue."""
+        found = _RANGE.fullmatch(text.strip())
+        least, most = (found[1], found[2] or found[1]) if found else ("0", "0")
+        return cls(least=int(least), most=int(most))
+
+    def __str__(self) -> str:
+        return f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+
+    def options(self, settings: Settings) -> dict[str, Any]:
+        """As Ray's deployment takes them. More in hand than a replica has slots means that some wait."""
+        if self.least == self.most:
+            return {"num_replicas": self.least}
+        scaling = {
+            "min_replicas": self.least,
+            "max_replicas": self.most,
+            "target_ongoing_requests": settings.max_running,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 300,
+        }
+        return {"autoscaling_config": scaling}
+
+    def cpus_of_each(self, settings: Settings, *, own: bool) -> float:
+        """What a replica claims of its machine: its threads, or a part of it so small that all fit, where all run here.
+
+        Ray takes parts of one processor, and whole ones beyond.
+        """
+        cores = os.cpu_count() or 1
+        part = cores / self.most if own else float(cores)
+        return min(settings.threads or cores, part if part < 1 else int(part))
+
+
+def not_shared(settings: Settings) -> str | None:
+    """Why replicas on several machines would not see the same comparisons; None where they do."""
+    if not settings.records or (settings.database or "").startswith("postgres"):
+        return None
+    return (
+        "replicas on several machines keep their comparisons apart: set NEARFAR_DATABASE=postgresql://USER@HOST/NAME, "
+        "or NEARFAR_RECORDS=false"
+    )
+
+
+def share_of_this_machine(settings: Settings, replicas: Replicas) -> Settings:
+    """Of one replica, where all of them run here and nothing else was said: threads and memory, in equal parts."""
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // replicas.most)
+    budget = settings.memory_budget or default_budget() // replicas.most
+    return settings.model_copy(update={"threads": threads, "memory_budget": budget})
+
+
+def as_given(settings: Settings) -> Mapping[str, Any]:
+    """What a replica is to be told: all that was set here, by option, environment or file."""
+    return settings.model_dump(exclude_unset=True, exclude={"config"})
