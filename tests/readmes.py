@@ -86,10 +86,12 @@ def fences(*languages: str) -> list[Fence]:
     found = []
     for path in readmes():
         text = path.read_text()
+        section, end = "", 0
         for match in _FENCE.finditer(text):
+            section = [section, *re.findall(r"^#+ .*$", text[end : match.start()], re.MULTILINE)][-1]
+            end = match.end()
             line = text.count("\n", 0, match.start()) + 1
             name = str(path.relative_to(ROOT))
-            section = re.findall(r"^#+ .*$|\A", text[: match.start()], re.MULTILINE)[-1]
             found.append(Fence(file=name, line=line, section=section, language=match[1], text=match[2]))
     return [fence for fence in found if not languages or fence.language in languages]
 
