@@ -128,6 +128,8 @@ def finetune(
     work = out.with_name(f".{out.name}.training")
     check_target(base, out, mark=RECORD)
     _check_work(out, work, resume=resume, overwrite=overwrite)
+    if not material.train:
+        raise BadRequest("no row is left to learn from")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = torch.bfloat16 if device == "cuda" else torch.float32
     checkpoint = load_checkpoint(base, precision=precision)
@@ -160,6 +162,8 @@ def finetune(
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise NearfarError(f"{out} cannot be written: {error.strerror or error}") from error
+    except torch.OutOfMemoryError as error:
+        raise NearfarError("a step does not fit into the GPU's memory: a smaller batch, or --save-memory") from error
     return record
 
 

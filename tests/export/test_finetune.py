@@ -158,6 +158,16 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path: Path, e
     assert adapter(out)
 
 
+def test_a_run_without_rows_and_a_finished_adapter_are_told_before_the_base_is_loaded(
+    trained: Path, tmp_path: Path
+) -> None:
+    nothing = Material(train=[], validation=[], beside={}, fingerprint="none")
+    for out, message in ((tmp_path / "out", "no row is left"), (trained, "--overwrite replaces it")):
+        with pytest.raises(BadRequest, match=message):
+            finetune(tmp_path / "no base", nothing, out, PLAN)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_an_adapter_of_another_base_is_refused_by_both_names(
     trained: Path, other_checkpoint: Callable[[str, dict[str, Any]], Path]
 ) -> None:
