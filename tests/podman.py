@@ -34,7 +34,7 @@ class Podman:
         own = ("--root", self.home / "store", "--runroot", self.home / "run", "--runtime=runc")
         run = subprocess.run(
             ["podman", *own, "--cgroup-manager=cgroupfs", *arguments],
-            env=os.environ | {"STORAGE_DRIVER": "vfs"}, capture_output=True, text=True, check=False,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert status in (None, run.returncode), f"{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run
@@ -60,7 +60,9 @@ def podman() -> Iterator[Podman]:
         yield engine
     finally:
         engine("rm", "--all", "--force", "--volumes", status=None)
-        shutil.rmtree(home, ignore_errors=True)
+        engine("image", "umount", "--all", "--force", status=None)
+        subprocess.run(["umount", home / "store" / "overlay"], capture_output=True, check=False)  # where there is one
+        shutil.rmtree(home)
 
 
 def debian_python(engine: Podman, name: str) -> None:
