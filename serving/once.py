@@ -17,7 +17,7 @@ from models.errors import NearfarError
 from models.reduction import settled
 from models.request import AnswerRequest, Task
 from serving.api.schemas import answer_object, comparison_object
-from serving.records import Asked
+from serving.records import Asked, blind_object, two_sides
 from serving.services import Services
 from serving.settings import Settings
 
@@ -63,11 +63,17 @@ async def compare_once(
     tolerance: Tolerance = EXACTLY,
     repeats: int = 1,
     judge: str | None = None,
+    blind: bool = False,
 ) -> dict[str, Any]:
-    """The object of `POST /compare`, without a server, and kept as there; `on_event` sees each event as it comes."""
+    """The object of `POST /compare`, without a server, and kept as there; `on_event` sees each event as it comes.
+
+    `blind`: of two of the targets, on sides by chance, as there.
+    """
     request = _by_settings(request, settings, compared=True)
     async with loaded(settings, environment) as services:
         chosen = services.targets().choose_several(names, settings.policy)
+        if blind:
+            chosen = await two_sides(services.records, "", chosen)
         judging = services.targets().choose(judge, settings.policy) if judge else None
         asked = Asked(
             request=request,
@@ -79,6 +85,7 @@ async def compare_once(
             tolerance=tolerance,
             repeats=repeats,
             judge=judging.name if judging else None,
+            blind=blind,
         )
         await services.records.check()
         events = run_comparison(
@@ -99,5 +106,5 @@ async def compare_once(
                 if isinstance(event, Compared):
                     shown = comparison_object(event.comparison, f"req_{secrets.token_hex(8)}")
                     await services.records.keep(asked, event.comparison, shown)
-                    return shown
+                    return blind_object(shown) if blind else shown
     raise NearfarError("the comparison ended without a result")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import platform
+import random
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeVar
 
+from comparisons.ballots import Ballots, draw
 from comparisons.database import database_url
 from comparisons.measures import EXACTLY, Measure, Tolerance
 from comparisons.rating import WINNERS
@@ -25,7 +27,7 @@ from comparisons.records import ArmRecord, Record, event_objects, input_record
 from comparisons.results import Comparison
 from comparisons.store import Retention, Store
 from models.bundle import Bundle
-from models.errors import NotFound
+from models.errors import BadRequest, NotFound
 from models.request import AnswerRequest, Task
 from serving.settings import Settings
 from serving.targets import Target
@@ -33,6 +35,7 @@ from serving.targets import Target
 Result = TypeVar("Result")
 DAY_S = 86_400.0
 SIDES = ("a", "b")
+_RNG = random.SystemRandom()
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formula begins
 PROMPT_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 
@@ -177,13 +180,16 @@ def _version(package: str) -> str | None:
 
 
 def summary_object(record: Record) -> dict[str, Any]:
-    """A row of `GET /compare`."""
+    """A row of `GET /compare`; with a thumbnail where the record was read whole."""
+    picture = {"thumbnail": thumbnail_url(record)} if record.input.thumbnail else {}
     return {
+        **picture,
         "id": record.record_id,
         "created_at": _when(record),
         "task": record.task,
         "input_sha256": record.input.sha256,
         "kept": record.input.is_kept,
+        "prompt": record.input.prompt,
         "reference": record.reference,
         "blind": record.blind,
         "results": hidden_results(record)
@@ -215,6 +221,21 @@ def side_object(side: str, result: Mapping[str, Any]) -> dict[str, Any]:
     return {"side": side, "ok": False, "error": {"type": "no_answer", "message": "this side gave no answer"}}
 
 
+def blind_object(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's object without what tells who is who. `votable`: false where a side gave no answer."""
+    results = [side_object(side, result) for side, result in zip(SIDES, shown["results"], strict=True)]
+    return {"id": shown["id"], "blind": True, "results": results, "votable": all(each["ok"] for each in results)}
+
+
+async def two_sides(records: Records, owner: str, targets: Sequence[Target]) -> list[Target]:
+    """The two of the targets that were shown least, on sides by chance. Raises BadRequest."""
+    if not records.is_on():
+        raise BadRequest("a blind comparison is one that is kept, and records are switched off here", param="blind")
+    seen = await records.work(lambda store: Ballots(store).shown(owner))
+    by_name = {target.name: target for target in targets}
+    return [by_name[name] for name in draw(list(by_name), seen, _RNG)]
+
+
 def record_object(record: Record, voter: str | None = None) -> dict[str, Any]:
     """`GET /compare/{id}`: what `POST /compare` answered, and all that is known beside it, unless it is hidden."""
     common = _common_object(record)
@@ -238,7 +259,6 @@ def record_object(record: Record, voter: str | None = None) -> dict[str, Any]:
 
 def _common_object(record: Record) -> dict[str, Any]:
     asked = record.input
-    picture = base64.b64encode(asked.thumbnail).decode() if asked.thumbnail else None
     return {
         "id": record.record_id,
         "created_at": _when(record),
@@ -250,12 +270,18 @@ def _common_object(record: Record) -> dict[str, Any]:
             "prompt": asked.prompt,
             "files": [{"kind": each.kind, "sha256": each.sha256, "bytes": each.size_bytes} for each in asked.files],
             "kept": asked.is_kept,
-            "thumbnail": picture and f"data:image/webp;base64,{picture}",
+            "thumbnail": thumbnail_url(record),
         },
         "settings": record.settings,
         "reference": record.reference,
         "blind": record.blind,
     }
+
+
+def thumbnail_url(record: Record) -> str | None:
+    """The thumbnail as a data URL."""
+    picture = record.input.thumbnail
+    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}" if picture else None
 
 
 _COLUMNS = (

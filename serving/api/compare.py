@@ -20,8 +20,8 @@ from serving.api.caller import choose, choose_several, policy_of
 from serving.api.schemas import CompareBody, comparison_object, parse, result_object, sse, sse_error
 from serving.api.security import require_key
 from serving.api.streaming import event_stream, unless_client_leaves
-from serving.api.votes import blind_object, in_step, two_sides
-from serving.records import Asked, Records
+from serving.api.votes import in_step
+from serving.records import Asked, Records, blind_object, two_sides
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -37,7 +37,7 @@ async def compare_targets(request: Request) -> Response:
     body = parse(CompareBody, fields)
     chosen = choose_several(request, body.targets, body.policy)
     if body.blind:
-        chosen = await two_sides(request, chosen)
+        chosen = await two_sides(request.app.state.services.records, request.state.caller.name, chosen)
     judge = choose(request, body.judge, body.policy, compared=True) if body.judge else None
     question = body.to_request(fields)
     comparison_id = f"cmp_{secrets.token_hex(8)}"

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from comparisons.ballots import Ballots, Leaderboard, Middle, Ranked, draw
+from comparisons.ballots import Ballots, Leaderboard, Middle, Ranked
 from comparisons.rating import Winner
 from comparisons.statistics import Interval
-from models.errors import BadRequest, NotFound
+from models.errors import NotFound
 from serving.api.body import Fields, read_json
 from serving.api.records import checked_id, owner_of, records_of
 from serving.api.schemas import parse, sse
 from serving.api.security import require_key
-from serving.records import SIDES, record_object, side_object
-from serving.targets import Target
+from serving.records import record_object
 
 router = APIRouter(dependencies=[Depends(require_key)])
 TICK_S = 0.04
 CHARACTERS = 4  # of each side at a time: 100 a second, about as fast as one reads along
 LONGEST_S = 6.0  # long answers go faster, both sides alike
-_RNG = random.SystemRandom()
 
 
 class VoteBody(BaseModel):
@@ -37,22 +34,6 @@ class VoteBody(BaseModel):
 
     winner: Winner
     voter: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
-
-
-async def two_sides(request: Request, targets: Sequence[Target]) -> list[Target]:
-    """The two of the targets that were shown least, on sides by chance. Raises BadRequest."""
-    records, owner = records_of(request), owner_of(request)
-    if not records.is_on():
-        raise BadRequest("a blind comparison is one that is kept, and records are switched off here", param="blind")
-    seen = await records.work(lambda store: Ballots(store).shown(owner))
-    by_name = {target.name: target for target in targets}
-    return [by_name[name] for name in draw(list(by_name), seen, _RNG)]
-
-
-def blind_object(shown: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison's object without what tells who is who. `votable`: false where a side gave no answer."""
-    results = [side_object(side, result) for side, result in zip(SIDES, shown["results"], strict=True)]
-    return {"id": shown["id"], "blind": True, "results": results, "votable": all(each["ok"] for each in results)}
 
 
 async def in_step(shown: Mapping[str, Any]) -> AsyncGenerator[str, None]:
