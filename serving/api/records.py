@@ -53,6 +53,7 @@ class PageQuery(RecordsQuery):
 
     limit: int = Field(50, ge=1, le=MAX_PAGE)
     cursor: Word | None = Field(None, description="`next` of the page before")
+    thumbnails: bool = Field(False, description="with each record's thumbnail, as a data URL")
 
 
 class OneQuery(BaseModel):
@@ -73,7 +74,9 @@ class ExportQuery(RecordsQuery):
 async def listing(request: Request, query: Annotated[PageQuery, Query()]) -> dict[str, Any]:
     """The comparisons of this key, the newest first. `next` is the cursor of the page behind; null at the end."""
     where = query.to_filter(owner_of(request))
-    page = await records_of(request).work(lambda store: store.page(where, limit=query.limit, cursor=query.cursor))
+    page = await records_of(request).work(
+        lambda store: store.page(where, limit=query.limit, cursor=query.cursor, whole=query.thumbnails)
+    )
     return {"comparisons": [summary_object(record) for record in page.records], "next": page.next}
 
 

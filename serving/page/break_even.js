@@ -1,7 +1,9 @@
 // The break-even: sliders for what it rests on, the service's answer as a plot, a table and the list of all inputs.
 
-import { make } from "./cards.js";
+import { drawn as element, make, rowHead } from "./dom.js";
 import { dollars } from "./format.js";
+import { posted } from "./service.js";
+import { Slider } from "./slider.js";
 
 // [input, what its slider is called, least, most, on a scale of factors rather than of steps]
 const SLIDERS = [
@@ -14,11 +16,9 @@ const SLIDERS = [
   ["hardware_usd", "A box costs", 0, 10000, false],
   ["usd_per_kwh", "A kilowatt-hour costs", 0, 1, false],
 ];
-const STEPS = 200;
 const PAUSE_MS = 120;
 const MODES = { standard: "", batch: " (batch)", cached: " (cached)" };
-const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [640, 360, 56, 26, 12, 44];
+const [LEAST_WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [480, 360, 56, 26, 12, 44]; // in pixels, as text is
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 4"];
 
 const count = (value) => value.toLocaleString("en", { maximumFractionDigits: 0 });
@@ -29,23 +29,26 @@ const shown = (name, value) =>
 
 export class BreakEven {
   sliders = new Map();
-  changed = new Set();
 
-  /** `parts`: box, sliders, mode, measured, plot, heading, rows, inputs, message, method. `ask` is fetch with the key. */
+  /** `parts`: sliders, mode, measured, plot, heading, rows, inputs, message, method. `ask` is fetch with the key. */
   constructor(parts, { ask }) {
     Object.assign(this, { parts, ask });
-    parts.box.addEventListener("toggle", () => parts.box.open && !this.answer && this.load());
     parts.mode.addEventListener("change", () => this.draw());
+    addEventListener("resize", () => this.draw());
     parts.measured.addEventListener("change", () => this.load());
+  }
+
+  show() {
+    if (this.answer) this.draw(); // at the width that it has now
+    else this.load();
   }
 
   /** Ask with what was moved; of answers that overtake each other the last question's is shown. */
   async load() {
-    const moved = Object.fromEntries([...this.changed].map((name) => [name, this.value(name)]));
-    const asked = (this.asked = { ...moved, measured: this.parts.measured.checked });
-    const options = { method: "POST", body: JSON.stringify(asked), headers: { "content-type": "application/json" } };
+    const moved = [...this.sliders].filter(([, slider]) => slider.moved).map(([name, slider]) => [name, slider.value]);
+    const asked = (this.asked = { ...Object.fromEntries(moved), measured: this.parts.measured.checked });
     try {
-      const answer = await (await this.ask("break-even", options)).json();
+      const answer = await (await this.ask("break-even", posted(asked))).json();
       if (asked !== this.asked) return;
       this.answer = answer;
       this.parts.message.textContent = "";
@@ -59,36 +62,15 @@ export class BreakEven {
 
   slider([name, label, least, most, factors]) {
     const { value } = this.answer.inputs.find((input) => input.name === name);
-    const row = make("div", "", "slider");
-    const [text, output, input] = [make("label", label), make("output"), make("input")];
-    text.htmlFor = input.id = `even_${name}`;
-    const position = factors ? Math.log(value / least) / Math.log(most / least) : (value - least) / (most - least);
-    Object.assign(input, { type: "range", min: 0, max: STEPS, step: 1, value: Math.round(position * STEPS), name });
-    this.sliders.set(name, { input, output, least, most, factors, first: value });
-    this.tell(name);
-    input.addEventListener("input", () => {
-      this.changed.add(name);
-      this.tell(name);
-      clearTimeout(this.waiting);
-      this.waiting = setTimeout(() => this.load(), PAUSE_MS);
+    const slider = new Slider({ name, label, least, most, factors, value, whole: name === "volume" }, {
+      shown: (value) => shown(name, value),
+      changed: () => {
+        clearTimeout(this.waiting);
+        this.waiting = setTimeout(() => this.load(), PAUSE_MS);
+      },
     });
-    row.append(text, output, input);
-    return row;
-  }
-
-  /** Until it is moved, a slider stands for the service's own value, which may lie between two of its steps. */
-  value(name) {
-    const { input, least, most, factors, first } = this.sliders.get(name);
-    if (!this.changed.has(name)) return first;
-    const position = Number(input.value) / STEPS;
-    const value = factors ? least * (most / least) ** position : least + (most - least) * position;
-    return name === "volume" ? Math.round(value) : Number(value.toPrecision(3));
-  }
-
-  tell(name) {
-    const { input, output } = this.sliders.get(name);
-    output.textContent = shown(name, this.value(name));
-    input.setAttribute("aria-valuetext", output.textContent);
+    this.sliders.set(name, slider);
+    return slider.element;
   }
 
   /** The targets of the chosen kind of price, and how each is drawn. */
@@ -109,7 +91,7 @@ export class BreakEven {
     if (!this.answer) return;
     const { targets, volume, crossings, series, inputs, method } = this.answer;
     const lines = this.lines();
-    this.parts.plot.replaceChildren(plot(lines, series, volume));
+    this.parts.plot.replaceChildren(plot(lines, series, volume, Math.max(LEAST_WIDTH, this.parts.plot.clientWidth)));
     // Of several models here, the one that is cheaper first.
     const first = ({ volume: { value } }) => value ?? Infinity;
     const crossing = (target) =>
@@ -127,8 +109,7 @@ function tableRow({ row, className, dash }, crossing) {
   const from = crossing && (crossing.volume.value === null ? "never" : count(crossing.volume.value));
   const span = crossing && `${bound(crossing.volume.low)} to ${bound(crossing.volume.high)}`;
   const line = make("tr");
-  const name = make("th");
-  name.scope = "row";
+  const name = rowHead("");
   const sample = element("svg", { class: "sample_line", viewBox: "0 0 28 8", "aria-hidden": "true" });
   sample.append(element("line", { x1: 0, x2: 28, y1: 4, y2: 4, class: className, "stroke-dasharray": dash }));
   name.append(sample, make("span", row.target), make("small", row.label));
@@ -144,39 +125,30 @@ const bound = (value) => (value === null ? "never" : count(value));
 
 function inputRow({ name, value, unit, reason, origin }) {
   const line = make("tr", "", origin === "default" ? "" : "given");
-  const head = make("th", name);
-  head.scope = "row";
-  line.append(head, make("td", `${value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: 6 })} ${unit}`), make("td", reason));
+  line.append(rowHead(name), make("td", `${value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: 6 })} ${unit}`), make("td", reason));
   return line;
 }
 
-function element(tag, attributes = {}, text = "") {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) if (value !== "") made.setAttribute(name, value);
-  made.textContent = text;
-  return made;
-}
-
 /** Both axes in factors of ten: costs fall with the volume over several of them. */
-function plot(lines, { volumes, usd_per_1000_accepted: costs }, volume) {
+function plot(lines, { volumes, usd_per_1000_accepted: costs }, volume, width) {
   const all = lines.flatMap(({ row }) => costs[row.target]).filter((usd) => usd !== null && usd > 0);
   const least = Math.min(...all) * 0.8; // the rest of the first images' cost, far above, is not drawn
   const [low, high] = [least, Math.min(Math.max(...all), least * 100)].map(Math.log10);
   const [first, last] = [volumes[0], volumes.at(-1)].map(Math.log10);
-  const x = (value) => LEFT + ((Math.log10(value) - first) / (last - first)) * (WIDTH - LEFT - RIGHT);
+  const x = (value) => LEFT + ((Math.log10(value) - first) / (last - first)) * (width - LEFT - RIGHT);
   const y = (usd) => TOP + ((high - Math.log10(usd)) / (high - low || 1)) * (HEIGHT - TOP - BOTTOM);
-  const svg = element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, "aria-hidden": "true" });
+  const svg = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, "aria-hidden": "true" });
   for (const tick of ticks(first, last, [1])) {
     svg.append(element("line", { x1: x(tick), x2: x(tick), y1: TOP, y2: HEIGHT - BOTTOM, class: "grid" }));
     svg.append(element("text", { x: x(tick), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, short(tick)));
   }
-  for (const tick of ticks(low, high, high - low > 1.5 ? [1] : [1, 2, 5])) {
-    svg.append(element("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(tick), y2: y(tick), class: "grid" }));
+  for (const tick of ticks(low, high, high - low > 2.5 ? [1] : [1, 2, 5])) {
+    svg.append(element("line", { x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick), class: "grid" }));
     svg.append(element("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, `$${tick.toLocaleString("en")}`));
   }
-  svg.append(element("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, "images a month"));
+  svg.append(element("text", { x: (LEFT + width) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, "images a month"));
   const frame = element("clipPath", { id: "plot_frame" });
-  frame.append(element("rect", { x: LEFT, y: TOP, width: WIDTH - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM }));
+  frame.append(element("rect", { x: LEFT, y: TOP, width: width - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM }));
   svg.append(frame);
   const inside = element("g", { "clip-path": "url(#plot_frame)" });
   inside.append(element("line", { x1: x(volume), x2: x(volume), y1: TOP, y2: HEIGHT - BOTTOM, class: "at_volume" }));

@@ -1,6 +1,9 @@
 // One card per target: its state, its answer as it streams, its figures. All text goes in as text, never as markup.
 
+import { figure, make, pair, slotsOf } from "./dom.js";
 import * as format from "./format.js";
+import { errorText } from "./service.js";
+import { tileFigure } from "./tiles.js";
 
 const STATES = { waiting: "Waiting", answering: "Answering", done: "Done", failed: "Failed", stopped: "Stopped" };
 const TURNS = ["first", "second", "third"];
@@ -9,27 +12,18 @@ const FINISH = {
   refusal: "The model refused to answer.",
 };
 
-/** A new element with that text and class. */
-export function make(tag, text = "", className = "") {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  if (className) element.className = className;
-  return element;
-}
-
-function figure(tag, text, missing = "not measured") {
-  return text === null ? make(tag, missing, "missing") : make(tag, text);
-}
+const WIDE = "(min-width: 52rem)"; // on a phone the long list of a card's figures is folded
 
 export class Card {
   totalMs = null;
 
-  constructor(template, target) {
-    this.element = template.content.firstElementChild.cloneNode(true);
-    this.slots = Object.fromEntries(
-      [...this.element.querySelectorAll("[data-slot]")].map((element) => [element.dataset.slot, element]),
-    );
+  /** `picture`: a promise of what the tiles are drawn on, or of null. */
+  constructor(template, target, picture) {
+    this.slots = slotsOf(template);
+    this.element = this.slots.element;
+    this.picture = picture;
     this.slots.name.textContent = target;
+    this.slots.more.open = matchMedia(WIDE).matches;
     this.element.setAttribute("aria-label", target);
     this.#state("waiting");
   }
@@ -81,7 +75,9 @@ export class Card {
       FINISH[result.finish_reason],
       result.contended ? "Ran together with others: its times are no measurement." : null,
     ].filter(Boolean).join(" ");
+    this.#badge(result.egress);
     this.#times(result.timings ?? {});
+    this.#tiles(result.images ?? []);
     this.#facts(result);
     slots.figures.hidden = false;
   }
@@ -95,6 +91,21 @@ export class Card {
     this.element.dataset.state = name;
     this.slots.state.textContent = STATES[name];
     this.slots.answer.setAttribute("aria-busy", String(!this.settled)); // read aloud once it is whole
+  }
+
+  /** What left, in a word that stands beside the state. */
+  #badge(egress) {
+    const { egress: badge } = this.slots;
+    if (!egress) return;
+    badge.hidden = false;
+    badge.textContent = format.egressBadge(egress);
+    badge.classList.add(egress.left_device ? "went" : "stayed");
+    badge.title = format.egress(egress);
+  }
+
+  async #tiles([report]) {
+    const drawing = report && tileFigure(report, await this.picture);
+    this.slots.tiles.replaceChildren(...(drawing ? [drawing] : []));
   }
 
   #times(timings) {
@@ -149,16 +160,4 @@ export class Card {
     ];
     this.slots.facts.replaceChildren(...rows.map(([name, value]) => pair(name, value)));
   }
-}
-
-function pair(name, value) {
-  const group = make("div");
-  group.append(make("dt", name), value);
-  return group;
-}
-
-/** An error of the service as one line. */
-export function errorText(error) {
-  const message = error?.message || "The service gave no reason.";
-  return error?.request_id ? `${message} (request ${error.request_id})` : message;
 }

@@ -9,9 +9,10 @@ export const STAGES = [
   ["decode_ms", "Decode text"],
 ];
 
-const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits });
+/** A number as an English reader has it. */
+export const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits });
 const known = (value) => typeof value === "number" && Number.isFinite(value);
-const plural = (count, word) => `${number(count, 0)} ${word}${count === 1 ? "" : "s"}`;
+export const plural = (count, word) => `${number(count, 0)} ${word}${count === 1 ? "" : "s"}`;
 
 export function milliseconds(value) {
   if (!known(value)) return null;
@@ -51,7 +52,6 @@ export function joules(energy) {
   return `${own} J, beyond ${idle} J of idling`;
 }
 
-/** "128 × 96 used as 64 × 64, 1 tile, 16 tokens"; what a hosted model does not tell is said to be unreported. */
 /** All that was shown: the frames of a video as one, anything else one by one. */
 export function imageReports(images) {
   const frames = images.filter((image) => known(image.timestamp_s));
@@ -60,12 +60,19 @@ export function imageReports(images) {
   return said.join("; ");
 }
 
+/** "128 × 96 used as 64 × 64, 1 tile, 16 tokens"; what a hosted model does not tell is said to be unreported. */
 export function imageReport(image) {
   const used = known(image.used_width) ? ` used as ${image.used_width} × ${image.used_height}` : "";
   const tiles = known(image.tiles) ? `, ${plural(image.tiles, "tile")}` : "";
   const tokens = known(image.tokens) ? `, ${plural(image.tokens, "token")}` : "";
   const page = known(image.page) ? `page ${image.page} of ${image.pages}: ` : "";
   return `${page}${image.width} × ${image.height}${used + tiles + tokens || ", what was used of it is not reported"}`;
+}
+
+/** The same in a word or two. */
+export function egressBadge({ left_device, bytes_sent }) {
+  if (left_device) return `↗ ${known(bytes_sent) ? bytes(bytes_sent) : "Unknown size"} left`;
+  return "⌂ Stayed here";
 }
 
 export function egress({ left_device, bytes_sent, destination, withheld: kept }) {
@@ -101,4 +108,13 @@ export function stageShares(timings) {
   const measured = STAGES.filter(([key]) => known(timings[key])).map(([key]) => [key, timings[key]]);
   const sum = measured.reduce((total, [, value]) => total + value, 0);
   return measured.map(([key, value]) => [key, sum > 0 ? value / sum : 0]);
+}
+
+/** "21 Nov 2026, 22:40", in the reader's own zone. */
+export function moment(text) {
+  return new Date(text).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+}
+
+export function percent(share, digits = 0) {
+  return known(share) ? `${(share * 100).toFixed(digits)} %` : null;
 }

@@ -1,6 +1,6 @@
 // The models of the catalog that can be fetched: a button each, its size and a question first, then how far it is.
 
-import { make } from "./cards.js";
+import { make } from "./dom.js";
 import { bytes } from "./format.js";
 
 const POLL_MS = 700;

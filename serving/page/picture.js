@@ -1,6 +1,7 @@
 // The picture, video or document to ask about: chosen as a file, dropped, pasted or taken from the samples; checked and previewed.
 
 import { bytes } from "./format.js";
+import { pictureAt } from "./tiles.js";
 
 const FIELDS = {
   image: ["image/jpeg", "image/png", "image/webp", "image/gif"],
@@ -55,6 +56,11 @@ export class Picture {
     const { preview, file } = this;
     if (fieldOf(file) !== "image") return [];
     return [{ width: preview.naturalWidth, height: preview.naturalHeight, bytes: file.size }];
+  }
+
+  /** A promise of what tiles can be drawn on; of null for a video or document. */
+  async shown() {
+    return fieldOf(this.file) === "image" ? pictureAt(this.preview.src) : null;
   }
 
   /** What the sizes do not tell of what leaves for a hosted model; empty where they tell all. */

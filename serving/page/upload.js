@@ -1,7 +1,8 @@
 // Before the first upload to a destination: what goes there and what it costs at most, to be confirmed once each.
 
-import { make } from "./cards.js";
+import { asked, make } from "./dom.js";
 import * as format from "./format.js";
+import { posted } from "./service.js";
 
 const places = ({ destination }) => (destination ? destination.split(", ") : ["an unknown address"]); // a route has several
 
@@ -14,9 +15,6 @@ export class Uploads {
     this.ask = ask;
     this.list = dialog.querySelector("ul");
     this.more = dialog.querySelector("#upload_more");
-    for (const button of dialog.querySelectorAll("button")) {
-      button.addEventListener("click", () => dialog.close(button.value));
-    }
   }
 
   /**
@@ -31,9 +29,7 @@ export class Uploads {
       text_bytes: new TextEncoder().encode(text).length,
       pictures,
     };
-    const headers = { "Content-Type": "application/json" };
-    const answer = await this.ask("estimate", { method: "POST", headers, body: JSON.stringify(sizes) });
-    const { estimates } = await answer.json();
+    const { estimates } = await (await this.ask("estimate", posted(sizes))).json();
     const going = estimates.filter((each) => each.leaves_device); // not a route of which only what is here may be asked
     if (!going.length) return true;
     const agreed = await this.#confirm(going, pictures, more);
@@ -45,7 +41,7 @@ export class Uploads {
     return places(target).some((place) => !this.#confirmed.has(place));
   }
 
-  #confirm(estimates, pictures, more) {
+  async #confirm(estimates, pictures, more) {
     this.list.replaceChildren(...estimates.map((each) => {
       const what = pictures.length ? "your question and picture" : "your question";
       const price = format.dollars(each.usd);
@@ -57,10 +53,6 @@ export class Uploads {
     }));
     this.more.textContent = more;
     this.more.hidden = !more;
-    this.dialog.returnValue = "";
-    this.dialog.showModal();
-    return new Promise((settle) => {
-      this.dialog.addEventListener("close", () => settle(this.dialog.returnValue === "send"), { once: true });
-    });
+    return (await asked(this.dialog)) === "send";
   }
 }

@@ -18,7 +18,7 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobil
 
 def opened(open_page: OpenPage, **options: Any) -> Any:
     page = open_page(**options)
-    page.locator("#break_even > summary").click()
+    page.get_by_role("link", name="Break-even").click()
     page.locator("#even_plot svg").wait_for()
     return page
 
@@ -74,7 +74,7 @@ def test_what_was_measured_here_takes_the_place_of_the_assumed_machine(open_page
     choose_sample(page)
     page.locator("#ask").click()
     wait_for_verdict(page)
-    page.locator("#break_even > summary").click()
+    page.get_by_role("link", name="Break-even").click()
     row(page, "local").wait_for()
     page.locator("#even_measured").check()
     row(page, "local/tiny-scenes@int8").wait_for()

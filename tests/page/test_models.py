@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ def test_a_model_is_fetched_after_its_size_was_shown_and_confirmed(
             page.set_default_timeout(20_000)
             page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
             page.goto(address)
-            page.locator("#models summary").click()
+            page.locator("#models_box summary").click()
             assert page.get_by_role("button", name="Fetch smolvlm2-2.2b").count() == 0  # no ONNX files to fetch
             page.get_by_role("button", name=f"Fetch {NAME}").click()
             page.locator("#models_status", has_text=f"{NAME}@int4 is served now").wait_for()
@@ -41,11 +39,3 @@ def test_a_model_is_fetched_after_its_size_was_shown_and_confirmed(
     assert len(asked) == 1
     assert "MB" in asked[0]
     assert "not yet verified on published weights" in asked[0]
-
-
-def test_the_folded_cards_stand_at_equal_distances_under_the_form(open_page: Callable[..., Any]) -> None:
-    page = open_page()
-    page.locator("#models:not([hidden])").wait_for()
-    boxes = [page.locator(f"#{name}").bounding_box() for name in ("form", "models", "leaderboard", "break_even")]
-    gaps = {under["y"] - above["y"] - above["height"] for above, under in itertools.pairwise(boxes)}
-    assert gaps == {32}

@@ -48,7 +48,7 @@ def choose_sample(page: Any, at: int = 0) -> None:
 
 
 def wait_for_verdict(page: Any) -> None:
-    page.locator("#verdict").wait_for()
+    page.locator(".verdict:visible").wait_for()
 
 
 def card(page: Any, target: str) -> Any:
@@ -99,8 +99,8 @@ def test_a_sample_is_one_enter_away_from_both_answers_and_their_figures(open_pag
     ]
     assert "100%" in widths
     assert sorted(fact(page, target, "Turn") for target in TARGETS) == ["first", "second"]
-    assert page.locator("#choice").inner_text() == "undecided"
-    assert page.locator("#verdict_text").inner_text()
+    assert page.locator("[data-slot=choice]").first.inner_text() == "undecided"
+    assert page.locator("[data-slot=verdict_text]").first.inner_text()
 
 
 def test_the_first_view_names_targets_destinations_and_the_toy(open_page: OpenPage) -> None:
@@ -304,8 +304,8 @@ def test_markup_in_an_answer_or_a_verdict_stays_text(open_page: OpenPage) -> Non
     assert slot(page, TARGETS[0], "answer") == attack
     assert slot(page, TARGETS[1], "error") == f"{attack} (request req_1)"
     assert slot(page, TARGETS[1], "state") == "Failed"
-    assert page.locator("#verdict_text").inner_text() == attack
-    assert page.locator("#results img, #results b").count() == 0
+    assert page.locator("[data-slot=verdict_text]").first.inner_text() == attack
+    assert page.locator("#live img, #live b").count() == 0
     assert page.evaluate("window.harmed") is None
     # A figure that is null is never shown as 0.
     for name in ("Total", "Model size", "Picture", "Tokens"):

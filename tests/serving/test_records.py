@@ -119,6 +119,10 @@ def test_the_list_is_the_newest_first_in_pages(own: httpx2.Client, red_circle: b
         "target", "ok", "text", "correct", "confidence", "total_ms", "usd",
     }  # fmt: skip
     assert 0 < first["comparisons"][0]["results"][0]["confidence"] <= 1
+    assert "thumbnail" not in first["comparisons"][0]
+    pictured = own.get("/compare", params={"limit": 1, "thumbnails": "true"}).json()["comparisons"][0]
+    assert pictured.pop("thumbnail") == own.get(f"/compare/{made[-1]}").json()["input"]["thumbnail"]
+    assert pictured == first["comparisons"][0]
 
 
 def test_the_list_is_filtered(own: httpx2.Client, red_circle: bytes) -> None:
