@@ -6,9 +6,10 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 from comparisons.corruptions import Corruption, corrupted
 from comparisons.measures import EXACTLY, Measure, Score, Tolerance, score
@@ -59,6 +60,27 @@ class Row:
     output: OutputFormat | None = None
     text_first: bool = False
 
+    @classmethod
+    def from_shown(cls, shown: Mapping[str, Any]) -> Self:
+        """A row as a run's file shows it, to be scored again: its files are not there. Raises KeyError, TypeError."""
+        corruption = shown.get("corruption")
+        picture = Media(source=b"", corruption=Corruption(**corruption) if corruption else None)
+        return cls(
+            row_id=shown["row_id"],
+            prompt=shown["prompt"],
+            images=(picture,) if corruption else (),
+            references=tuple(shown["references"]),
+            measure=shown["measure"],
+            tolerance=Tolerance(**shown.get("tolerance", {})),
+            task=shown["task"],
+            slices=tuple(shown["slices"]),
+        )
+
+    @property
+    def is_corrupted(self) -> bool:
+        """Whether something is done to its pictures: it is no input of its own."""
+        return any(picture.corruption for picture in self.images)
+
     def request(self, settings: GenerationSettings, detail: Detail) -> AnswerRequest:
         """Reads the files. Raises BadRequest and its kin."""
         asked = question(
@@ -92,6 +114,8 @@ class Row:
             "task": self.task,
             "slices": self.slices,
             "files": [each.identity for each in self.files],
+            "corruption": next((asdict(each.corruption) for each in self.images if each.corruption), None),
+            "tolerance": asdict(self.tolerance),
         }
 
     @property

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from comparisons.dataset import Dataset, Row
+from comparisons.records import input_record
 from comparisons.run_file import Answered, Ask, RunFile
 from models.answerer import Answer, Answerer, whole
 from models.errors import BudgetSpent, InvalidValue, NearfarError, Unavailable, UpstreamError
@@ -36,6 +37,7 @@ class Arm:
 
     answerer: Answerer
     alone: bool = True
+    versions: Mapping[str, Any] = field(default_factory=dict)  # of what makes its answers; empty: not known
     at_most_usd: Callable[[AnswerRequest], float | None] | None = None
 
 
@@ -198,6 +200,8 @@ class Evaluation:
         try:
             settings = GenerationSettings(max_tokens=plan.max_tokens)
             request = await asyncio.to_thread(turn.row.request, settings, plan.detail)
+            if turn.row.row_id not in self._run.inputs:
+                self._run.note_input(turn.row.row_id, await asyncio.to_thread(input_record, request, keep=False))
             # A salt of its own: what was asked before is no merit of a target on this machine.
             salt = f"{turn.row.row_id} {turn.ask.repeat}"
             request = replace(request, policy=plan.policy, reduction=plan.reduction, cache_salt=salt)
@@ -260,12 +264,14 @@ def _finished(start: Answered, row: Row, answer: Answer, at_most_usd: float) -> 
         prompt_tokens=finished.usage.prompt_tokens,
         completion_tokens=finished.usage.completion_tokens,
         cached_tokens=finished.usage.cached_tokens,
+        cache_saved_usd=finished.usage.cache_saved_usd,
         usd=finished.cost.usd,
         usd_counted=at_most_usd if finished.cost.usd is None else finished.cost.usd,
         bytes_sent=finished.egress.bytes_sent,
         left_device=finished.egress.left_device,
         destination=finished.egress.destination,
         model_bytes=finished.memory.model_bytes,
+        process_peak_bytes=finished.memory.process_peak_bytes,
         images=tuple(image.sha256 for image in finished.images),
     )
 

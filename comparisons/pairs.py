@@ -46,6 +46,12 @@ class Outcome:
     load_ms: float | None = None
     model_bytes: int | None = None
     destination: str | None = None
+    ttft_ms: float | None = None
+    bytes_sent: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    cache_saved_usd: float | None = None
+    process_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ def outcome(result: Mapping[str, Any], *, has_reference: bool) -> Outcome:
     """An arm's object of `POST /compare`, as records keep it."""
     if not result["ok"]:
         return Outcome(ok=False, score=0.0 if has_reference else None, error_type=result["error"]["type"])
-    timings, correct = result["timings"], result.get("correct")
+    timings, correct, usage = result["timings"], result.get("correct"), result.get("usage", {})
     told = result.get("score", None if correct is None else float(correct))  # older records have `correct` alone
     repeated = (result.get("repeats") or {}).get("score")
     return Outcome(
@@ -77,6 +83,12 @@ def outcome(result: Mapping[str, Any], *, has_reference: bool) -> Outcome:
         load_ms=timings.get("load_ms"),
         model_bytes=result["memory"]["model_bytes"],
         destination=result["egress"]["destination"],
+        ttft_ms=None if result["contended"] else timings.get("ttft_ms"),
+        bytes_sent=result["egress"].get("bytes_sent"),
+        prompt_tokens=usage.get("prompt_tokens"),
+        cached_tokens=usage.get("cached_tokens"),
+        cache_saved_usd=usage.get("cache_saved_usd"),
+        process_peak_bytes=result["memory"].get("process_peak_bytes"),
     )
 
 

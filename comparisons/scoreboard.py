@@ -114,9 +114,9 @@ def _texts(rows: Sequence[Row], target: str, answers: Mapping[Ask, Answered]) ->
 
 def _pairs(rows: Sequence[Row], targets: Sequence[str], answers: Mapping[Ask, Answered]) -> dict[str, list[Pair]]:
     """The first target with each of the others, by the other's name, in the order in which the answers came."""
-    clean = {row.row_id: row for row in rows if not any(picture.corruption for picture in row.images)}
+    clean = {row.row_id: row for row in rows if not row.is_corrupted}
     outcomes = {
-        ask: _outcome(answered, has_reference=bool(clean[ask.row_id].references))
+        ask: outcome_of(answered, has_reference=bool(clean[ask.row_id].references))
         for ask, answered in answers.items()
         if ask.repeat == 0 and ask.row_id in clean
     }
@@ -135,12 +135,14 @@ def _pairs(rows: Sequence[Row], targets: Sequence[str], answers: Mapping[Ask, An
     return found
 
 
-def _outcome(answered: Answered, *, has_reference: bool) -> Outcome:
+def outcome_of(answered: Answered, *, has_reference: bool) -> Outcome:
+    """An answer of a run's file, as a comparison's would be."""
     if answered.error is not None:
         return Outcome(ok=False, score=0.0 if has_reference else None, error_type=answered.error_type)
     return Outcome(
         ok=True,
         score=answered.score,
+        text=answered.text,
         total_ms=answered.total_ms if answered.at_once == 1 else None,
         usd=answered.usd,
         left_device=answered.left_device,
@@ -149,6 +151,12 @@ def _outcome(answered: Answered, *, has_reference: bool) -> Outcome:
         load_ms=answered.load_ms,
         model_bytes=answered.model_bytes,
         destination=answered.destination,
+        ttft_ms=answered.ttft_ms if answered.at_once == 1 else None,
+        bytes_sent=answered.bytes_sent,
+        prompt_tokens=answered.prompt_tokens,
+        cached_tokens=answered.cached_tokens,
+        cache_saved_usd=answered.cache_saved_usd,
+        process_peak_bytes=answered.process_peak_bytes,
     )
 
 

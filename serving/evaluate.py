@@ -28,6 +28,7 @@ from models.images import read_header
 from models.request import AnswerRequest, GenerationSettings, Policy, TextPart, question
 from serving.once import loaded
 from serving.pull import cached_dataset
+from serving.records import target_versions
 from serving.remote import PictureSize, RemoteService, RemoteTarget
 from serving.settings import Settings
 from serving.targets import Target, allows
@@ -105,9 +106,10 @@ async def run(job: Job, settings: Settings, environment: Mapping[str, str], prog
         plan = job.plan
         _check_prices(arms, plan)
         targets = [arm.answerer.name for arm in arms]
-        header = {**plan.header(job.dataset, arms), "begun": datetime.now().astimezone().isoformat(), "url": job.url}
+        header = {**plan.header(job.dataset, arms), "begun": _now(), "url": job.url}
         file = (RunFile.resume if job.resume else RunFile.begin)(job.out, header)
         try:
+            file.note_session(_now(), {arm.answerer.name: arm.versions for arm in arms})
             if job.retry_failed:
                 failed = [ask for ask, answered in file.answers.items() if answered.error is not None]
                 plan = replace(plan, again=frozenset(failed))
@@ -122,6 +124,10 @@ async def run(job: Job, settings: Settings, environment: Mapping[str, str], prog
     if stopped is None and all(answered.error for answered in answers):
         stopped = f"no question was answered; the first failed with: {answers[0].error}"
     return Outcome(board, targets, len(answers), evaluation.total, stopped)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat()
 
 
 def _foretold(job: Job, arms: Sequence[Arm]) -> list[str]:
@@ -182,6 +188,7 @@ async def _arms(job: Job, settings: Settings, environment: Mapping[str, str]) ->
                 Arm(
                     answerer=target.answerer,
                     alone=target.kind != "hosted",
+                    versions=target_versions(target),
                     at_most_usd=None if target.kind == "local" else partial(highest_price_usd, target),
                 )
                 for target in chosen

@@ -115,7 +115,7 @@ class Records:
             settings=_settings_of(asked, whole=keep),
             reference=asked.reference,
             arms=tuple(
-                ArmRecord(target=result.target, result=row, events=result.events, versions=_versions(target))
+                ArmRecord(target=result.target, result=row, events=result.events, versions=target_versions(target))
                 for result, row, target in zip(comparison.results, shown["results"], asked.targets, strict=True)
             ),
             tradeoff=shown["tradeoff"],
@@ -147,9 +147,9 @@ def _settings_of(asked: Asked, *, whole: bool) -> dict[str, Any]:
     }
 
 
-def _versions(target: Target) -> dict[str, Any]:
+def target_versions(target: Target) -> dict[str, Any]:
     """Of what made an answer: the model's own, and of the code around it."""
-    return {**target.versions, **{name: _version(name) for name in ("nearfar", "pillow", "genai-prices")}}
+    return {**target.versions, **{name: package_version(name) for name in ("nearfar", "pillow", "genai-prices")}}
 
 
 def bundle_versions(bundle: Bundle) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def bundle_versions(bundle: Bundle) -> dict[str, Any]:
         "revision": manifest.source.revision,
         "preprocessing": _digest(manifest.processing),
         "prompt": _digest({name: hashes.get(name) for name in PROMPT_FILES}),
-        "onnxruntime": _version("onnxruntime"),
+        "onnxruntime": package_version("onnxruntime"),
         "machine": platform.machine(),
     }
 
@@ -172,7 +172,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=asdict, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

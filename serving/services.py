@@ -74,8 +74,12 @@ class Services:
         _check_budgets(settings, {row.name for row in self._rows})
         self.spending = Spending(settings.data_dir, budgets_of(settings))
         self.ledger = Ledger(settings.data_dir, size=settings.ledger_size)
+        gpu = runs_on_gpu(settings.execution_provider)
+        self._runs_on = (
+            ("cuda" if gpu else "cpu") if settings.execution_provider == "auto" else settings.execution_provider
+        )
         self.power = Power(
-            find_meters(gpu=runs_on_gpu(settings.execution_provider)),
+            find_meters(gpu=gpu),
             electricity=settings.electricity,
             hardware=settings.hardware,
         )
@@ -96,7 +100,7 @@ class Services:
         try:
             bundles = [Bundle.read(folder) for folder in model_folders(self.settings)]
             residents = await self._load_first(bundles)
-            local = [_local_target(resident, residents, self._execution_notice) for resident in residents.all]
+            local = [self._local_target(resident, residents) for resident in residents.all]
             self._targets = self._all_targets([*local, *await asyncio.to_thread(self._hosted_targets)])
             await self.power.measure_idle()
             self._watching = asyncio.create_task(self.power.watch())
@@ -228,8 +232,20 @@ class Services:
             raise
         present = list(self.targets())
         local = sum(target.kind == "local" for target in present)
-        target = _local_target(added, residents, self._execution_notice)
+        target = self._local_target(added, residents)
         self._targets = self._all_targets([*present[:local], target, *present[local:]])
+
+    def _local_target(self, resident: Resident, residents: Residents) -> Target:
+        manifest = resident.bundle.manifest
+        return Target(
+            answerer=LocalModel(resident, residents),
+            kind="local",
+            model=manifest.name,
+            recipe=manifest.recipe,
+            notice="; ".join(filter(None, (manifest.notice, self._execution_notice))) or None,
+            versions={**bundle_versions(resident.bundle), "runs_on": self._runs_on},
+            context_tokens=manifest.shapes.max_positions,
+        )
 
     def _all_targets(self, targets: Sequence[Target]) -> Targets:
         own = {alias: (target, alias_notice(alias, target)) for alias, target in self.settings.aliases.items()}
@@ -281,19 +297,6 @@ def _check_budgets(settings: Settings, providers: Set[str]) -> None:
 def priced_models(rows: Sequence[Provider]) -> list[Model]:
     """Of those rows whose providers have prices."""
     return [Model(row.name, row.price_provider, name) for row in rows if row.price_provider for name in row.models]
-
-
-def _local_target(resident: Resident, residents: Residents, execution_notice: str | None) -> Target:
-    manifest = resident.bundle.manifest
-    return Target(
-        answerer=LocalModel(resident, residents),
-        kind="local",
-        model=manifest.name,
-        recipe=manifest.recipe,
-        notice="; ".join(filter(None, (manifest.notice, execution_notice))) or None,
-        versions=bundle_versions(resident.bundle),
-        context_tokens=manifest.shapes.max_positions,
-    )
 
 
 async def in_daemon_thread(work: Callable[..., Result], *arguments: Any, **options: Any) -> Result:

@@ -177,8 +177,8 @@ async def test_a_file_of_another_run_another_process_or_nothing_like_it_is_refus
     for content, said in (
         ("", "no file of an evaluation"),
         ("{}\n", "no file of an evaluation"),
-        (whole + "not json\n", "line 4: is not JSON"),
-        (whole + '{"kind": "answer"}\n', "line 4: is no line of an evaluation"),
+        (whole + "not json\n", "line 6: is not JSON"),
+        (whole + '{"kind": "answer"}\n', "line 6: is no line of an evaluation"),
     ):
         path.write_text(content)
         with pytest.raises(BadRequest, match=said):
