@@ -63,8 +63,8 @@ clean:  ## remove the environments and all that tools left behind
 	@test -x .venv-test/bin/python || { echo "== making .venv-test"; $(PYTHON) -m venv .venv-test; }
 	@echo "== installing torch into .venv-test (a minute or two the first time)"
 	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
-	@echo "== installing nearfar[hosted,video,documents,openvino,export,finetune,dev] into .venv-test (a minute or two the first time)"
-	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,openvino,export,finetune,dev]'
+	@echo "== installing nearfar[hosted,video,documents,report,openvino,export,finetune,dev] into .venv-test (a minute or two the first time)"
+	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,report,openvino,export,finetune,dev]'
 	@touch $@
 
 # What does not go together with the rest, or is large: .venv-NAME has the extra of that name and what tests need.

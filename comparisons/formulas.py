@@ -30,6 +30,8 @@ FORMULAS: Mapping[str, str] = {
     "cold": "the first round: nothing of this input is in a cache of this service; a hosted model's are out of reach",
     "warm": "the rounds after the first",
     "median": "the middle value, or the mean of the two in the middle",
+    "median_interval": "from one sample to another, whose ranks the binomial of n and 1/2 gives; 95 %, from n = 6 on",
+    "mean_interval": "BCa bootstrap of the mean, 4,000 resamples; 95 %, from n = 8 on, none where all are equal",
     "p90": "nearest rank: the smallest value that 90 % do not exceed; from n = 10 on",
     "p95": "nearest rank: the smallest value that 95 % do not exceed; from n = 20 on",
     "p99": "nearest rank: the smallest value that 99 % do not exceed; from n = 100 on",

@@ -67,6 +67,19 @@ def spread(samples: Sequence[float]) -> Spread | None:
     )
 
 
+def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """The median between two of the samples, chosen by rank alone, whatever their distribution. None below 6 samples.
+
+    As many of n samples lie below the true median as heads fall in n throws (Conover 1999, 3.2).
+    """
+    ordered, n, rank = sorted(samples), len(samples), 0
+    ways = reached = 1  # of 2**n: that none lies below
+    while n and reached <= (1 - confidence) / 2 * 2**n:
+        ways = ways * (n - rank) // (rank + 1)
+        rank, reached = rank + 1, reached + ways
+    return Interval(median(ordered), ordered[rank - 1], ordered[n - rank]) if rank else None
+
+
 def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
     """A share with Wilson's score interval (1927), which holds for few samples and near 0 and 1. `n` is at least 1."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
 
 from comparisons.decision import Decision, decide
 from comparisons.formulas import FORMULAS
 from comparisons.pairs import PRIORITIES, is_meant, most_compared, pairs_of, parse_weights
+from comparisons.records import Record
 from comparisons.store import Filter, Store
 from models.errors import InvalidValue
 from serving.api.schemas import tidy
@@ -23,16 +24,26 @@ def decided(store: Store, where: Filter, *, targets: str | None, weights: str, v
 
     `targets`: two names, comma-separated; without them, the two that were asked the most together.
     """
-    weighs = parse_weights(weights)
-    named = tuple(filter(None, (name.strip() for name in (targets or "").split(","))))
-    if targets and len(named) != 2:
-        raise InvalidValue(TWO_NAMES, param="targets")
     records = list(store.all(replace(where, hidden=False), whole=False))[::-1]  # or the figures would tell who is who
+    return decided_of(records, targets=targets, weights=weights, volume=volume)
+
+
+def decided_of(records: Sequence[Record], *, targets: str | None, weights: str, volume: int) -> Decision:
+    """The same from records that were read already, without those that are to be voted on."""
+    weighs = parse_weights(weights)
     known = {arm.target for record in records for arm in record.arms}
-    first, second = [_full(name, known) for name in named] if targets else most_compared(records)
-    if first == second:
-        raise InvalidValue(TWO_NAMES, param="targets")
+    first, second = two_of(targets, known) or most_compared(records)
     return decide(pairs_of(records, first, second), first, second, weights=weighs, volume=volume)
+
+
+def two_of(targets: str | None, known: Set[str]) -> tuple[str, str] | None:
+    """The whole names of two targets, comma-separated. None where none are named. Raises InvalidValue."""
+    if not targets:
+        return None
+    named = [_full(name.strip(), known) for name in targets.split(",") if name.strip()]
+    if len(named) != 2 or named[0] == named[1]:
+        raise InvalidValue(TWO_NAMES, param="targets")
+    return named[0], named[1]
 
 
 def _full(name: str, known: Set[str]) -> str:

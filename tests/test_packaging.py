@@ -231,6 +231,7 @@ OPTIONAL = {
     "models.openvino_vision": "openvino",
     "models.video": "video",
     "models.documents": "documents",
+    "serving.plots": "report",
     "serving.power": "gpu",
     "serving.ray_head": "ray",
     "serving.ray_service": "ray",

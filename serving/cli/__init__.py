@@ -20,6 +20,7 @@ COMMANDS = {
     "verdict": "verdict:verdict",
     "leaderboard": "verdict:leaderboard",
     "break-even": "money:break_even",
+    "report": "report:report",
     "records": "records:app",
     "replay": "records:replay",
     "calibrate": "calibrate:calibrate",
