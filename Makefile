@@ -6,7 +6,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint co
 SOURCES = $(shell find models export comparisons serving -type f -not -path '*/__pycache__/*' -not -path '*/checkpoint/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-slow check-ray commands format bundles clean programs image-programs
+.PHONY: help demo test check check-slow check-ray check-mlx commands format bundles clean programs image-programs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,11 +24,15 @@ check: .venv-test/.installed  ## everything before a commit: formatting, lint, t
 	@$(MAKE) --no-print-directory test
 
 check-slow: .venv-test/.installed programs image-programs  ## the tests marked slow, and those in environments of their own
-	.venv-test/bin/python -m pytest -m "slow and not gpu and not ray" $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -m "slow and not gpu and not ray and not mlx" $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory check-ray
+	@$(MAKE) --no-print-directory check-mlx
 
 check-ray: .venv-ray/.installed programs  ## the tests that need Ray, in an environment of its own
 	.venv-ray/bin/python -m pytest -m ray $(PYTEST_ARGS)
+
+check-mlx: .venv-mlx/.installed  ## the tests of the export to MLX, in an environment of its own
+	.venv-mlx/bin/python -m pytest -m mlx tests/export/test_mlx.py $(PYTEST_ARGS)
 
 commands: .venv-test/.installed  ## the documentation's commands that no test runs, and why
 	@.venv-test/bin/python -m tests.readmes
@@ -45,7 +49,7 @@ bundles: .venv-test/.installed  ## export the embedded model's bundles from its 
 	done
 
 clean:  ## remove the environments and all that tools left behind
-	rm -rf .venv .venv-test .venv-ray build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-ray .venv-mlx build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed as users install it, so a changed source is installed again. build/ goes first: setuptools would pack what lies there.
@@ -65,6 +69,15 @@ clean:  ## remove the environments and all that tools left behind
 	@.venv-test/bin/python $(PIP_INSTALL) torch==2.13.0
 	@echo "== installing nearfar[hosted,video,documents,report,openvino,export,finetune,dev] into .venv-test (a minute or two the first time)"
 	@.venv-test/bin/python $(PIP_INSTALL) --editable '.[hosted,video,documents,report,openvino,export,finetune,dev]'
+	@touch $@
+
+# mlx-vlm needs a newer transformers, tokenizers and huggingface-hub than nearfar: hence all of them by its own list.
+.venv-mlx/.installed: pyproject.toml constraints.txt export/mlx-requirements.txt
+	@test -x .venv-mlx/bin/python || { echo "== making .venv-mlx"; $(PYTHON) -m venv .venv-mlx; }
+	@echo "== installing mlx-vlm into .venv-mlx (a minute or two the first time)"
+	@.venv-mlx/bin/python -m pip install --quiet --disable-pip-version-check --requirement export/mlx-requirements.txt
+	@.venv-mlx/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@.venv-mlx/bin/python $(PIP_INSTALL) hypothesis pytest pytest-asyncio pytest-socket pytest-timeout
 	@touch $@
 
 # What does not go together with the rest, or is large: .venv-NAME has the extra of that name and what tests need.

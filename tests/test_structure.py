@@ -38,6 +38,8 @@ HOMES = {
     "transformers": ("export", *TRAINING),
     "optimum": ("export",),
     "peft": ("export.finetune",),
+    "mlx": ("export.mlx",),
+    "mlx_vlm": ("export.mlx",),
     "onnx": ("export",),
     "onnx_ir": ("export",),
     "onnxscript": ("export",),

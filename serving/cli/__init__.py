@@ -26,7 +26,7 @@ COMMANDS = {
     "calibrate": "calibrate:calibrate",
     "models": "models:models",
     "pull": "models:pull",
-    "export": "models:export",
+    "export": "export:export",
     "finetune": "finetune:finetune",
     "adopt": "models:adopt",
     "verify": "models:verify",

@@ -1,4 +1,4 @@
-"""`nearfar models`, `pull`, `adopt`, `verify` and `export`: the models on this machine, and how they get here."""
+"""`nearfar models`, `pull`, `adopt` and `verify`: the models on this machine, and how they get here."""
 
 from __future__ import annotations
 
@@ -58,62 +58,6 @@ def pull(
     except NearfarError as error:
         fail(error.message, status=2 if error.param == "recipe" else 1)
     print(folder)
-
-
-def export(
-    source: Annotated[Path, typer.Argument(help="checkpoint folder of a SmolVLM or Idefics3 model, safetensors")],
-    out: Annotated[Path, typer.Option(help="bundle folder to make")],
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="fp32, int8, int8-fast or int4; auto: the fastest decoder that passes; for a GPU fp16 or q4f16"
-        ),
-    ] = "int8",
-    adapter: Annotated[Path | None, typer.Option(help="PEFT LoRA adapter folder to merge first")] = None,
-    name: Annotated[str | None, typer.Option(help="model name  [default: the folder's, with +ADAPTER's]")] = None,
-    license: Annotated[str | None, typer.Option(help="licence of the weights, for the manifest")] = None,
-    auto_tile_px: Annotated[
-        int | None, typer.Option(help="picture pixels per tile at detail=auto  [default: the tile]")
-    ] = None,
-    notice: Annotated[str | None, typer.Option(help="what users of the bundle must know")] = None,
-    overwrite: Annotated[bool, typer.Option(help="replace a bundle that is there")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Turn a checkpoint into a verified, quantized bundle. A failed quality gate leaves nothing and exits 1."""
-    try:
-        from export.bundling import export_bundle
-    except ModuleNotFoundError as error:
-        fail(f"export needs more packages ({error.name} is missing): pip install 'nearfar[export]'")
-    try:
-        manifest = export_bundle(
-            source,
-            recipe=recipe,
-            out=out,
-            adapter=adapter,
-            name=name,
-            license=license,
-            auto_tile_px=auto_tile_px,
-            notice=notice,
-            overwrite=overwrite,
-        )
-    except BadRequest as error:
-        fail(error.message, status=2)
-    except NearfarError as error:
-        fail(error.message)
-    if as_json:
-        print(manifest.model_dump_json(indent=2))
-    else:
-        size = sum(entry.bytes for entry in manifest.files.values())
-        print(f"{out}: {manifest.name}@{manifest.recipe}, {size / 1e6:.1f} MB")
-        if manifest.export is not None:
-            print(f"  made in {manifest.export.seconds:.0f} s, peak memory {manifest.export.peak_bytes / 1e9:.1f} GB")
-        for measure, value in manifest.quality.items():
-            if measure != "pareto":
-                print(f"  {measure}: {value}")
-        if "pareto" in manifest.quality:
-            from serving.tables import decoders_table
-
-            decoders_table(manifest.quality["pareto"], Console())
 
 
 def adopt(
