@@ -18,6 +18,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from comparisons.database import make_private
 from models.errors import BudgetSpent, Unavailable, Unrecorded
 from serving.settings import Settings
 
@@ -224,7 +225,7 @@ class Spending:
             connection.execute("COMMIT")
 
     def _open(self) -> sqlite3.Connection:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self._file)
         connection = sqlite3.connect(self._file, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             connection.executescript(_SCHEMA)

@@ -86,6 +86,12 @@ def test_what_is_held_and_spent_together_never_exceeds_a_budget(cap: int, asked:
     assert left == cap - taken
 
 
+def test_the_account_is_for_its_owner_alone_to_read(tmp_path: Path) -> None:
+    with closing(Spending(tmp_path, [])) as spending:
+        spending.hold(Purpose("far/m"), 1)
+    assert {file.name: file.stat().st_mode & 0o077 for file in tmp_path.glob(f"{FILE}*")} == {FILE: 0}
+
+
 def test_two_processes_at_once_spend_from_one_budget(tmp_path: Path) -> None:
     both = [spender(tmp_path, "200") for _ in range(2)]
     assert sum(int(each.communicate(timeout=60)[0]) for each in both) == 1000 // 7
