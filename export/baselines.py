@@ -1,4 +1,4 @@
-"""Other systems as contestants of `nearfar bench`: transformers on torch, and llama.cpp's own programs.
+"""Other systems as contestants of `nearfar bench`: transformers on torch, optimum-intel, and llama.cpp's own programs.
 
 They run in this environment, on the same checkpoint (llama.cpp: on a GGUF file made from it), with the same threads.
 """
@@ -82,6 +82,57 @@ class TorchContestant:
 def torch_contestants(checkpoint: Path) -> list[TorchContestant]:
     """transformers in float32 and in bfloat16."""
     return [TorchContestant(checkpoint, dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
+class OptimumIntelContestant:
+    """optimum-intel's own model over a folder that it exported for OpenVINO, as a user would call it."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from optimum.intel import OVModelForVisualCausalLM  # not pinned here: it brings nncf and scikit-learn
+        except ImportError as error:
+            raise Unavailable(f"{folder.name} needs optimum-intel: pip install 'optimum-intel[openvino]'") from error
+        if not (folder / "openvino_language_model.xml").is_file():
+            raise BadRequest(f"{folder} was not exported by optimum-intel: it has no openvino_language_model.xml")
+        threads = {"INFERENCE_NUM_THREADS": str(available_cores())}
+        self._model = OVModelForVisualCausalLM.from_pretrained(folder, ov_config=threads)
+        self._tile_px = int(self._model.config.vision_config.image_size)
+        self._most = int(self._model.config.text_config.max_position_embeddings)
+        self.name = f"optimum-intel {folder.name}"
+
+    def vision(self, tiles: int) -> float | None:
+        """One call for all tiles of a picture."""
+        pixels = torch.rand(1, tiles, 3, self._tile_px, self._tile_px).mul(2).sub(1)
+        begun = time.perf_counter()
+        self._model.get_vision_embeddings(pixels, torch.zeros(1, 2, dtype=torch.long))
+        return time.perf_counter() - begun
+
+    def prefill(self, tokens: int) -> float | None:
+        """The prompt with its cache. Its graph gives the logits of every position."""
+        if tokens >= self._most:
+            return None
+        begun = time.perf_counter()
+        self._run(torch.zeros(1, tokens, dtype=torch.long), tokens, None)
+        return time.perf_counter() - begun
+
+    def decode(self, context: int, tokens: int, rows: int = 1) -> float | None:
+        """Greedy, one token at a time, of one row alone."""
+        if rows > 1 or context + tokens >= self._most:
+            return None
+        answer = self._run(torch.zeros(1, context, dtype=torch.long), context, None)
+        begun = time.perf_counter()
+        for filled in range(context, context + tokens):
+            token = answer.logits[:, -1:].argmax(-1)
+            answer = self._run(token, filled + 1, answer.past_key_values)
+        return time.perf_counter() - begun
+
+    def service(self, slots: int) -> AbstractContextManager[str] | None:
+        """It has none."""
+        return None
+
+    def _run(self, ids: torch.Tensor, filled: int, past: Any) -> Any:
+        mask = torch.ones(1, filled, dtype=torch.long)
+        return self._model.language_model(input_ids=ids, attention_mask=mask, past_key_values=past)
 
 
 class LlamaCppContestant:

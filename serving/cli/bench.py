@@ -23,6 +23,9 @@ def bench(
     checkpoint: Annotated[
         Path | None, typer.Option(help="checkpoint folder: transformers in float32 and bfloat16 beside it")
     ] = None,
+    openvino: Annotated[
+        list[Path] | None, typer.Option(help="folder that optimum-intel exported, run by it; repeatable")
+    ] = None,
     llama_cpp: Annotated[Path | None, typer.Option(help="folder of llama.cpp's programs; needs --gguf")] = None,
     gguf: Annotated[list[Path] | None, typer.Option(help="model file for llama.cpp; repeatable")] = None,
     mmproj: Annotated[Path | None, typer.Option(help="llama.cpp's vision file")] = None,
@@ -54,6 +57,7 @@ def bench(
     counts = {option: _counts(option, text) for option, text in sizes.items()}
     settings = settings_from()
     try:
+        baselines = _baselines(checkpoint, openvino or [], llama_cpp, gguf or [], mmproj)
         folder, *others = [model_folder(name, settings) for name in (model or "tiny-scenes", *(against or ()))]
         result = run_bench(
             clients=counts["--clients"],
@@ -61,7 +65,7 @@ def bench(
             slots=slots,
             limits=Limits(ttft_ms=good_ttft_ms, gap_ms=good_gap_ms),
             folder=folder,
-            others=[*map(BundleContestant, others), *_baselines(checkpoint, llama_cpp, gguf or [], mmproj)],
+            others=[*map(BundleContestant, others), *baselines],
             scales=[
                 Scale("vision", counts["--tiles"]),
                 Scale("prefill", counts["--prompts"]),
@@ -93,15 +97,18 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _baselines(checkpoint: Path | None, programs: Path | None, gguf: list[Path], mmproj: Path | None) -> list[Any]:
+def _baselines(
+    checkpoint: Path | None, openvino: list[Path], programs: Path | None, gguf: list[Path], mmproj: Path | None
+) -> list[Any]:
     """Other systems to run beside ours. They live with torch, which the runtime does without."""
-    if checkpoint is None and programs is None:
+    if checkpoint is None and programs is None and not openvino:
         return []
     if programs and not gguf:
         fail("--llama-cpp needs --gguf", status=2)
     try:
-        from export.baselines import LlamaCppContestant, torch_contestants
+        from export.baselines import LlamaCppContestant, OptimumIntelContestant, torch_contestants
     except ModuleNotFoundError as error:
         fail(f"baselines need more packages ({error.name} is missing): pip install 'nearfar[export]'")
     found: list[Any] = torch_contestants(checkpoint) if checkpoint else []
+    found += map(OptimumIntelContestant, openvino)
     return [*found, *(LlamaCppContestant(programs, file, mmproj) for file in gguf if programs)]

@@ -323,6 +323,10 @@ def test_wrong_use_of_the_bench_is_told_in_one_line(options: tuple[str, str]) ->
     assert_fails(nearfar("bench", *options), 2, options[0])
 
 
+def test_another_system_that_is_not_installed_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    assert_fails(nearfar("bench", "--openvino", str(tmp_path)), 1, "pip install 'optimum-intel[openvino]'")
+
+
 def test_a_table_shows_a_models_words_as_they_are() -> None:
     shown = io.StringIO()
     results_table([{"ok": True, "target": "t", "text": "[red]x[/b]\x1b[2J"}], Console(file=shown, width=100))
