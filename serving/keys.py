@@ -77,15 +77,18 @@ def new_key(name: str) -> NewKey:
 def secret(name: str, environment: Mapping[str, str]) -> str:
     """What NAME holds, or else the file that NAME_FILE names, without space around it; empty where neither is set.
 
-    Raises InvalidValue for a file that cannot be read.
+    Raises InvalidValue for a file that cannot be read, and for one that holds nothing: without it all would be open.
     """
     file = environment.get(f"{name}_FILE", "").strip()
     if environment.get(name, "").strip() or not file:
         return environment.get(name, "").strip()
     try:
-        return Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
+        found = Path(file).read_text().strip()
+    except (OSError, ValueError) as error:  # UTF-8's, and that of a name that no file may have
         raise InvalidValue(f"the file that {name}_FILE names cannot be read") from error
+    if not found:
+        raise InvalidValue(f"the file that {name}_FILE names is empty")
+    return found
 
 
 def digest(key: str) -> str:

@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         dotenv_settings: Source,
         file_secret_settings: Source,
     ) -> tuple[Source, ...]:
-        """What is passed, then the environment, then files that it names, then the settings file.
+        """What is passed, then the environment and files that it names, then the settings file.
 
         Raises InvalidValue for a file that is wrong.
         """
@@ -192,12 +192,14 @@ class Settings(BaseSettings):
         found = {name: secret(f"NEARFAR_{name}".upper(), os.environ) for name in SECRETS}
         secrets = InitSettingsSource(settings_cls, {name: value for name, value in found.items() if value})
         in_file = InitSettingsSource(settings_cls, _read(file) if file else {})
-        return init_settings, env_settings, secrets, in_file
+        return init_settings, secrets, env_settings, in_file  # what a secret's variable holds is in `secrets` too
 
     @field_validator("models", "api_keys", "allowed_hosts", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
-        return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return tuple(item.strip() for line in value.splitlines() for item in line.split(",") if item.strip())
 
     @field_validator("endpoints", mode="before")
     @classmethod

@@ -239,8 +239,18 @@ def test_a_secret_may_lie_in_a_file_that_the_environment_names(tmp_path: Path, m
     assert settings.api_keys == ("one", "two")
     assert settings.database == "postgresql://me:hidden@box/records"
     assert settings.effective()["database"] == ("postgresql://[...]@box/records", "environment")
+    monkeypatch.setenv("NEARFAR_API_KEYS", "")  # an empty variable does not open what the file closes
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    assert Settings().api_keys == ("one", "two")
     monkeypatch.setenv("NEARFAR_API_KEYS", "three")
     assert Settings().api_keys == ("three",)
+
+
+def test_a_file_of_keys_that_is_empty_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("\n")
+    monkeypatch.setenv("NEARFAR_API_KEYS_FILE", str(tmp_path / "keys"))
+    with pytest.raises(InvalidValue, match="NEARFAR_API_KEYS_FILE names is empty"):
+        Settings()
 
 
 def test_a_secrets_file_that_cannot_be_read_is_one_line_and_status_2(tmp_path: Path) -> None:
