@@ -53,6 +53,8 @@ LAYERS: Mapping[Parts, str] = {
     "connector": f"({_TEXT}|{_CONNECTOR})",
     "all": f"({_TEXT}|{_CONNECTOR}|{_VISION})",
 }
+MAX_RANK = 1024  # beyond the width of the smaller models it adds nothing
+MAX_SEED = 2**32 - 1  # NumPy's
 RUN = "run.json"  # in a run's folder: what it is a run of
 CHECKPOINTS = "checkpoints"
 STATE = "trainer_state.json"  # the last file of a checkpoint: one without it is half-written
@@ -86,6 +88,9 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise InvalidValue(f"{name} must be at least {bound}, got {value}", param=name)
+        for name, bound in {"rank": MAX_RANK, "seed": MAX_SEED}.items():
+            if getattr(self, name) > bound:
+                raise InvalidValue(f"{name} must be at most {bound}, got {getattr(self, name)}", param=name)
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidValue(f"{name} must be a number above 0, got {getattr(self, name)}", param=name)
@@ -121,7 +126,8 @@ def finetune(
     """Train an adapter of the checkpoint folder `base` into the folder `out`; returns its record, RECORD beside it.
 
     Raises BadRequest for wrong arguments and for examples that cannot be learnt from, before anything is trained;
-    CheckpointError for a base that does not load; NearfarError where the disk refuses. `out` is then as it was, and
+    CheckpointError for a base that does not load; NearfarError where the disk refuses, or nothing but infinite weights
+    came of it. `out` is then as it was, and
     what was trained until then is kept for `resume`.
     """
     base, out = base.resolve(), out.resolve()
@@ -151,6 +157,7 @@ def finetune(
         follower = _Follower(show_progress=show_progress)
         trainer = _trainer(model, train, validation, work, plan, follower, on_gpu=device == "cuda")
         trainer.train(resume_from_checkpoint=_last_whole(work / CHECKPOINTS) if resume else None)
+        _check_numbers(model)
         record = run | {
             "adapter": {"layers": plan.parts, "trained_parameters": _trained(model)},
             "rows": {"train": len(train), "validation": len(validation)},
@@ -297,6 +304,14 @@ class _Follower(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.close()
+
+
+def _check_numbers(model: nn.Module) -> None:
+    """Raises NearfarError where the adapter is none any more."""
+    if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+        raise NearfarError(
+            "the training ended in weights that are no numbers: --overwrite with a lower --learning-rate"
+        )
 
 
 def _trained(model: nn.Module) -> int:

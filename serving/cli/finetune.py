@@ -56,7 +56,7 @@ def finetune(
         from export.finetune import Material, Plan
         from export.finetune import finetune as train_adapter
     except ModuleNotFoundError as error:
-        fail(f"fine-tuning needs more packages ({error.name} is missing): pip install 'nearfar[finetune]'")
+        fail(f"fine-tuning needs more packages ({error.name} is missing): pip install 'nearfar[export,finetune]'")
     try:
         plan = Plan(
             epochs=epochs,

@@ -158,6 +158,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path: Path, e
     assert adapter(out)
 
 
+def test_a_training_that_ends_in_no_numbers_makes_no_adapter(tmp_path: Path, embedded_checkpoint: Path) -> None:
+    plan = replace(PLAN, learning_rate=1e30, steps=4)
+    with pytest.raises(NearfarError, match="a lower --learning-rate"):
+        finetune(
+            embedded_checkpoint, replace(material([*rows(4)]), validation=()), tmp_path / "o", plan, show_progress=False
+        )
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_run_without_rows_and_a_finished_adapter_are_told_before_the_base_is_loaded(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -246,6 +255,8 @@ def test_a_data_set_that_cannot_be_learnt_from_is_one_line_before_any_training(
         ({"learning_rate": float("nan")}, "learning_rate must be a number above 0"),
         ({"parts": "vision"}, "parts must be one of text, connector, all"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"rank": 10**8}, "rank must be at most 1024"),
+        ({"seed": 2**32}, "seed must be at most 4294967295"),
     ],
 )
 def test_a_plan_checks_itself(changed: dict[str, Any], message: str) -> None:
