@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -88,7 +89,8 @@ def look(settings: Settings, environment: Mapping[str, str]) -> Machine:
 
 def disk_of(folder: Path) -> Disk:
     """Of a folder that may not be there yet. Nothing is left behind."""
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    # Path.exists raises where a folder above is closed to this user.
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
     try:
         with TemporaryFile(dir=there):  # without a name; os.access tells root that it may write everywhere
             writable = True

@@ -302,6 +302,21 @@ def test_doctor_imports_neither_the_service_nor_what_only_other_commands_need() 
     assert not heavy & set(run.stdout.split())
 
 
+def test_a_folder_behind_one_that_is_closed_to_this_user_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def closed(path: Any, **options: Any) -> os.stat_result:  # for root there is no such folder
+        if Path(path).is_relative_to(tmp_path / "closed" / "of mine"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, **options)
+
+    (tmp_path / "closed").touch()
+    monkeypatch.setattr(os, "stat", closed)
+    assert not disk_of(tmp_path / "closed" / "of mine" / "data").writable
+
+
 def test_a_disk_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
     found = disk_of(tmp_path / "models" / "of mine")
     assert (found.folder, found.writable) == (tmp_path / "models" / "of mine", True)
