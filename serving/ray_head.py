@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+from http.client import HTTPException
 from typing import Any, NoReturn
 
 from comparisons.egress import is_loopback_host
@@ -21,6 +22,7 @@ from serving.ray_settings import (
     OF_ITS_OWN,
     Replicas,
     as_given,
+    cpus_claimed,
     not_shared,
     share_of_this_machine,
 )
@@ -110,7 +112,7 @@ def _deploy(serve: Any, settings: Settings, replicas: Replicas, *, own: bool) ->
     where = "HeadOnly" if own else "EveryNode"
     http = {"host": settings.host, "port": port}
     serve.start(proxy_location=where, http_options=http, logging_config=QUIET)
-    claimed = {"num_cpus": replicas.cpus_of_each(settings, own=own)}
+    claimed = {"num_cpus": cpus_claimed(settings, own=own)}
     made = deployment(as_given(settings), ray_actor_options=claimed, **replicas.options(settings))
     try:
         serve.run(made.bind(), name=APPLICATION, route_prefix="/", logging_config=QUIET)
@@ -120,19 +122,21 @@ def _deploy(serve: Any, settings: Settings, replicas: Replicas, *, own: bool) ->
         found = [reason for text in texts for reason in _REASON.findall(text)]
         raise Unavailable(found[-1] if found else f"the replicas did not start: {error}") from error
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    return f"http://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _check_proxy(url: str) -> None:
     """Warn where the proxy of this machine is not as the cluster's Ray was to be told before it started."""
     try:
         with OPENER.open(f"{url}/ready", timeout=REACH_S) as response:
-            bare = len(response.headers.get_all("x-request-id")) > 1  # the proxy's own beside the replica's
-    except OSError:
+            ids = response.headers.get_all("x-request-id", [])
+    except (OSError, HTTPException):
+        ids = []
+    if not ids:
         log.warning("nothing answers at %s: Ray Serve of this cluster was started with another host or port, or no "
                     "replica is on this machine", url)  # fmt: skip
         return
-    if bare:
+    if len(ids) > 1:  # the proxy's own beside the replica's
         told = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
         log.warning("what Ray refuses itself reaches clients as plain text: start Ray on each machine with %s", told)
 

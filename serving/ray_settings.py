@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from models.errors import InvalidValue
+from models.machine import available_cores, compute_threads
 from models.memory import default_budget
 from serving.settings import Settings
 
@@ -65,14 +65,13 @@ class Replicas:
         }
         return {"autoscaling_config": scaling}
 
-    def cpus_of_each(self, settings: Settings, *, own: bool) -> float:
-        """What a replica claims of its machine: its threads, or a part of it so small that all fit, where all run here.
 
-        Ray takes parts of one processor, and whole ones beyond.
-        """
-        cores = os.cpu_count() or 1
-        part = cores / self.most if own else float(cores)
-        return min(settings.threads or cores, part if part < 1 else int(part))
+def cpus_claimed(settings: Settings, *, own: bool) -> int:
+    """By a replica, of its machine: on a cluster its threads. On a Ray of its own nothing: all run here, each with its
+    share of threads, and what Ray counts in a container may be fewer cores than they have together.
+    """
+    cores = available_cores()
+    return 0 if own else min(settings.threads or cores, cores)
 
 
 def not_shared(settings: Settings) -> str | None:
@@ -87,7 +86,7 @@ def not_shared(settings: Settings) -> str | None:
 
 def share_of_this_machine(settings: Settings, replicas: Replicas) -> Settings:
     """Of one replica, where all of them run here and nothing else was said: threads and memory, in equal parts."""
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // replicas.most)
+    threads = settings.threads or max(1, compute_threads() // replicas.most)
     budget = settings.memory_budget or default_budget() // replicas.most
     return settings.model_copy(update={"threads": threads, "memory_budget": budget})
 

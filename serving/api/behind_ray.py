@@ -6,7 +6,6 @@ A replica's responses bear our request id in a header of their own, `request-id`
 from __future__ import annotations
 
 import logging
-import math
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -99,8 +98,8 @@ def _error_of(status: int, headers: Headers) -> NearfarError:
     """What Ray's proxy means by a status of its own."""
     match status:
         case 429:
-            wait = headers.get("retry-after", "1")
-            retry_after_s = math.ceil(float(wait)) if wait.isdecimal() else 1
+            wait = headers.get("retry-after", "")
+            retry_after_s = int(wait) if wait.isdecimal() else 1
             return Overloaded("all replicas are full; try again shortly", retry_after_s=retry_after_s)
         case 408:
             return DeadlineExceeded("the answer was not whole within the time that the request gave Ray's proxy")

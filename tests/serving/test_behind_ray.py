@@ -1,9 +1,11 @@
-"""What stands in Ray's proxy: Ray's own refusals and torn answers become errors of ours. Ray itself: test_ray.py."""
+"""What needs no Ray: in its proxy, its own refusals and torn answers become errors of ours. Ray itself: test_ray.py."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Any
 
 import httpx2
@@ -11,9 +13,13 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from models.machine import available_cores
 from serving.api.behind_ray import OwnErrors, middlewares
 from serving.engine.loop import EngineFigures
 from serving.metrics import Metrics, merged
+from serving.ray_head import _check_proxy
+from serving.ray_settings import cpus_claimed
+from serving.settings import Settings
 
 OURS = [(b"request-id", b"set-by-the-replica"), (b"content-type", b"application/json")]
 STREAM = [(b"request-id", b"set-by-the-replica"), (b"content-type", b"text/event-stream; charset=utf-8")]
@@ -128,3 +134,24 @@ def test_the_figures_of_several_replicas_are_one_text_with_a_label_more() -> Non
     assert 'nearfar_requests_running{replica="a"} 0.0' in text
     assert 'nearfar_requests_running{replica="b"} 2.0' in text
     assert text.count("# TYPE nearfar_requests_running gauge") == 1
+
+
+def test_a_cluster_whose_port_another_program_has_is_a_warning_and_no_end(caplog: pytest.LogCaptureFixture) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(next(answers))
+
+    answers = iter((b"HTTP/1.0 200 OK\r\n\r\n", b"SSH-2.0-Other\r\n"))
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        Thread(target=server.serve_forever).start()
+        for _ in range(2):
+            _check_proxy(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert [line.startswith("nothing answers at http") for line in caplog.messages] == [True, True]
+
+
+def test_replicas_claim_their_threads_of_a_cluster_and_nothing_of_a_ray_of_their_own() -> None:
+    # Ray counts a container's quota, which may be fewer cores than the system tells: a claim would wait for ever.
+    assert cpus_claimed(Settings(threads=4), own=True) == 0
+    assert cpus_claimed(Settings(threads=1), own=False) == 1
+    assert cpus_claimed(Settings(threads=10_000), own=False) == cpus_claimed(Settings(), own=False) == available_cores()
