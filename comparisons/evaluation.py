@@ -125,8 +125,9 @@ class Evaluation:
         """
         at_once, workers = self._plan.concurrency, self._plan.workers
         for block in self._blocks():
-            alone = [turn for turn in block if turn.arm.alone or at_once == workers == 1]
-            together = [turn for turn in block if turn not in alone]
+            one_by_one = at_once == workers == 1
+            alone = [turn for turn in block if turn.arm.alone or one_by_one]
+            together = [] if one_by_one else [turn for turn in block if not turn.arm.alone]
             if self._take_turns:
                 targets = [turn.ask.target for turn in alone]
                 alone.sort(key=lambda turn: targets.index(turn.ask.target))

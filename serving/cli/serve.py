@@ -67,6 +67,8 @@ def serve(
     refusal = settings.refusal_to_bind()
     if refusal:
         fail(refusal, status=2)
+    if not ray and (ray_address or replicas != "1"):
+        fail("--replicas and --ray-address need --ray", status=2)
     fetch_absent(settings, yes=yes)
     set_up(settings.log_format)
     if file := settings_file(settings.config):
@@ -76,8 +78,6 @@ def serve(
         logging.getLogger("nearfar").warning("%s cannot be written by this user: %s", settings.data_dir, what)
     if ray:
         return _run_on_ray(settings, replicas, ray_address)
-    if ray_address or replicas != "1":
-        fail("--replicas and --ray-address need --ray", status=2)
     first_line = None
     if not settings.models:
         choice = default_models(settings)

@@ -12,9 +12,11 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
+from typer.testing import CliRunner
 
 from models.machine import available_cores
 from serving.api.behind_ray import OwnErrors, middlewares
+from serving.cli import app
 from serving.engine.loop import EngineFigures
 from serving.metrics import Metrics, merged
 from serving.ray_head import _check_proxy
@@ -155,3 +157,8 @@ def test_replicas_claim_their_threads_of_a_cluster_and_nothing_of_a_ray_of_their
     assert cpus_claimed(Settings(threads=4), own=True) == 0
     assert cpus_claimed(Settings(threads=1), own=False) == 1
     assert cpus_claimed(Settings(threads=10_000), own=False) == cpus_claimed(Settings(), own=False) == available_cores()
+
+
+def test_replicas_without_ray_are_refused_before_anything_is_fetched() -> None:
+    done = CliRunner().invoke(app, ["serve", "--replicas", "2", "--model", "smolvlm2-256m", "--offline"])
+    assert (done.exit_code, done.stderr) == (2, "nearfar: --replicas and --ray-address need --ray\n")
