@@ -32,7 +32,7 @@ MAX_LABEL = 30  # characters, beside figures in words; who draws names it in ful
 ENLARGED = 1.35  # at most, on a wide screen
 Scale = Literal["share", "zero", "difference"]
 WIDE = 20.0  # beyond such a ratio a scale from 0 would press the small ones together
-_STYLE = {
+_STYLE: Any = {  # of keys that Matplotlib types one by one
     "svg.fonttype": "none",
     "svg.hashsalt": "nearfar",
     "text.parse_math": False,  # a dollar sign is one
