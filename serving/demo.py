@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from models.tiny_scenes import BUNDLES, SAMPLES
 from serving.child import child_service, post
-from serving.tables import comparison_table, results_table
+from serving.tables.comparisons import comparison_table, results_table
 
 
 def first_sample() -> tuple[dict[str, str], dict[str, Any]]:

@@ -47,7 +47,7 @@ def compare(
 ) -> None:
     """Ask several targets the same and show how answers and figures differ."""
     from serving.once import compare_once
-    from serving.tables import comparison_table
+    from serving.tables.comparisons import comparison_table
 
     request = request_from(file, prompt, task, detail, max_tokens, 0.0, None)
     settings = settings_from(policy=policy, endpoints=tuple(endpoint or ()), keep_inputs=keep_inputs)

@@ -57,7 +57,7 @@ def egress_head() -> None:
 @app.command("list")
 def egress_list(as_json: JsonFlag = False) -> None:
     """Show what left, where to and under which policy, the oldest first. With --json, the entries as they stand."""
-    from serving.tables import egress_table
+    from serving.tables.service import egress_table
 
     try:
         entries = list(entries_of(settings_from().data_dir / FOLDER))

@@ -145,7 +145,7 @@ def _dataset(data: str, defaults: Defaults, limit: int | None, seed: int, *, rem
 
 
 def _show(job: Job, outcome: Outcome, *, as_json: bool) -> None:
-    from serving.tables import evaluation_tables
+    from serving.tables.decisions import evaluation_tables
 
     if as_json:
         print(json.dumps(outcome.as_json(job), ensure_ascii=False, indent=2, allow_nan=False))

@@ -137,6 +137,6 @@ def _tell(out: Path, manifest: Manifest) -> None:
     if "pareto" in manifest.quality:
         from rich.console import Console
 
-        from serving.tables import decoders_table
+        from serving.tables.models import decoders_table
 
         decoders_table(manifest.quality["pareto"], Console())

@@ -20,7 +20,7 @@ from serving.local_models import local_bundles, model_folder, model_folders
 def models(model: ModelsOption = None, as_json: JsonFlag = False) -> None:
     """List the models on this machine, and the catalog: source, licence, size, memory, what is claimed of them."""
     from serving.api.schemas import catalog_objects, model_object
-    from serving.tables import models_table, print_catalog
+    from serving.tables.models import models_table, print_catalog
 
     settings = settings_from(models=tuple(model or ()))
     try:
@@ -97,7 +97,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Check a model on this machine against fp32: ten pictures and a text, and the reference processor."""
-    from serving.tables import verdict_table
+    from serving.tables.models import verdict_table
     from serving.verify import find_reference, save_report, verify_bundle
 
     settings = settings_from()

@@ -27,7 +27,7 @@ def break_even(
     from serving.api.break_even import break_even_object, measured_targets, stated_inputs
     from serving.hosted.rows import PROVIDERS
     from serving.services import priced_models
-    from serving.tables import break_even_tables
+    from serving.tables.decisions import break_even_tables
 
     settings = settings_from(config=config)
     found = []
@@ -63,7 +63,7 @@ def spend(
 ) -> None:
     """Show what hosted models cost, by day, target, key and route, and what is left of each budget today."""
     from serving.spending import Spending, budgets_of, report
-    from serving.tables import spending_table
+    from serving.tables.service import spending_table
 
     settings = settings_from(config=config)
     spending = Spending(settings.data_dir, budgets_of(settings))

@@ -55,7 +55,7 @@ def listing(
     as_json: JsonFlag = False,
 ) -> None:
     """The newest comparisons, of all keys."""
-    from serving.tables import records_table
+    from serving.tables.comparisons import records_table
 
     where = where_of(target, task, correct, since, until)
     with opened(config) as store:
@@ -72,7 +72,7 @@ def show(
     record_id: Annotated[str, typer.Argument(metavar="ID")], config: ConfigOption = None, as_json: JsonFlag = False
 ) -> None:
     """One comparison: its answers and figures as they were."""
-    from serving.tables import comparison_table
+    from serving.tables.comparisons import comparison_table
 
     with opened(config) as store:
         record = _found(store, record_id)
@@ -139,7 +139,7 @@ def replay(
     """
     from serving.once import compare_once
     from serving.replay import difference, request_of, targets_of, terms_of, with_input
-    from serving.tables import difference_table
+    from serving.tables.comparisons import difference_table
 
     settings = settings_from(config=config, policy="local-only" if local else None)
     if (file is None) != (prompt is None):

@@ -15,7 +15,7 @@ from serving.keys import new_key
 
 def config(config: ConfigOption = None, as_json: JsonFlag = False) -> None:
     """Show every setting as it takes effect, and where it comes from. Of keys only the names are shown."""
-    from serving.tables import settings_table
+    from serving.tables.service import settings_table
 
     effective = settings_from(config=config).effective()
     if as_json:

@@ -29,7 +29,7 @@ def verdict(
     as_json: JsonFlag = False,
 ) -> None:
     """Which of two targets to ship, from the comparisons that were kept, and what speaks against it."""
-    from serving.tables import decision_table
+    from serving.tables.decisions import decision_table
 
     where = where_of(None, task, None, since, until)
     with opened(config) as store:
@@ -44,7 +44,7 @@ def leaderboard(config: ConfigOption = None, as_json: JsonFlag = False) -> None:
     """The targets by blind votes on this machine's comparisons, beside what their answers cost, took and sent."""
     from comparisons.ballots import Ballots
     from serving.api.votes import leaderboard_object
-    from serving.tables import leaderboard_table
+    from serving.tables.decisions import leaderboard_table
 
     with opened(config) as store:
         result = leaderboard_object(Ballots(store).leaderboard(None))

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from models.tiny_scenes import BUNDLES, SAMPLES
 from serving.child import free_port
-from serving.tables import results_table
+from serving.tables.comparisons import results_table
 from tests.serving.conftest import wait_for
 
 PICTURE = str(SAMPLES / "red-circle.png")
