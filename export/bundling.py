@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint, load_checkpoint
+from export.checkpoint_files import model_name
 from export.decoders import DecoderWriter
 from export.folders import COPIED, check_target, folder_beside, hashes, move_into_place, share_files
 from export.graphs import write_embeddings
@@ -118,7 +119,7 @@ def export_bundle(
 
 
 def _usual_name(source: Path, adapter: Path | None) -> str:
-    model = source.name.partition("@")[0]  # fetched, it stands before the commit
+    model = model_name(source)
     return model if adapter is None else f"{model}+{adapter.resolve().name}"
 
 

@@ -41,6 +41,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def model_name(folder: Path) -> str:
+    """What a model of that folder is called unless somebody names it. Fetched, the commit stands behind an @."""
+    return folder.name.partition("@")[0]
+
+
 def check_config(config: dict[str, Any], folder: Path, text_types: Sequence[str] = TEXT_MODEL_TYPES) -> None:
     """Raises CheckpointError for a model of another kind, or one whose text model is of none of `text_types`."""
     if "auto_map" in config:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from export.checkpoint_files import (
     CheckpointError,
     check_config,
+    model_name,
     read_json,
     sha256_together,
     stored_weights,
@@ -166,7 +167,7 @@ def export_mlx(
     if recipe not in BITS:
         raise BadRequest(f"for MLX the recipe must be {' or '.join(BITS)}, got {recipe!r}", param="recipe")
     source, out = source.resolve(), out.resolve()
-    name = name or source.name
+    name = name or model_name(source)
     if not NAME.fullmatch(name):
         raise BadRequest(f"a model's name has letters, digits, dot, dash and underscore, got {name!r}", param="name")
     check_target(source, out, mark=MANIFEST, overwrite=overwrite)

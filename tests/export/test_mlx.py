@@ -240,6 +240,12 @@ def test_wrong_words_are_refused_before_anything_is_read(tmp_path: Path) -> None
 
 
 @on_mlx
+def test_a_fetched_checkpoint_gives_its_name_without_the_commit(tmp_path: Path) -> None:
+    run = nearfar("export", tmp_path / "smolvlm2-256m@c0ffee", "--format", "mlx", "--out", tmp_path / "out")
+    assert_fails(run, 1, "is no checkpoint: config.json cannot be read")  # and no word about the name
+
+
+@on_mlx
 def test_a_reference_of_other_weights_is_refused(tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     other = BUNDLES["tiny-scenes@int8"]
