@@ -10,6 +10,7 @@ import io
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,9 +97,9 @@ def intervals(rows: Sequence[Bar], *, scale: Scale, label: str, title: str) -> s
 
 def curves(lines: Sequence[Line], *, x_label: str, y_label: str, title: str) -> str:
     """Shares over whole steps, each with its interval; the series stand a little apart, so that none hides another."""
-    from matplotlib.ticker import PercentFormatter
-
     with _Drawing(height_in=HEIGHT_IN, width_in=WIDTH_IN * 0.8) as drawing:
+        from matplotlib.ticker import PercentFormatter
+
         axes = drawing.axes
         for place, line in enumerate(lines):
             colour, marker = style_of(line.series)
@@ -165,23 +166,21 @@ class _Drawing:
             raise Unavailable("plots need Matplotlib: pip install 'nearfar[report]'") from error
         except OSError as error:  # it keeps a list of fonts in the home folder, or where MPLCONFIGDIR says
             raise Unavailable(f"Matplotlib does not start: {error}") from error
-        _DRAWING.acquire()
-        self._context = rc_context(_STYLE)
-        self._context.__enter__()
-        self._figure: Figure = Figure(figsize=self._size_in, layout="constrained")
-        self.axes: Axes = self._figure.add_subplot()
+        with ExitStack() as opening:
+            opening.enter_context(_DRAWING)
+            opening.enter_context(rc_context(_STYLE))
+            self._figure: Figure = Figure(figsize=self._size_in, layout="constrained")
+            self.axes: Axes = self._figure.add_subplot()
+            self._opened = opening.pop_all()
         return self
 
     def __exit__(self, *told: Any) -> None:
-        try:
+        with self._opened:
             if told[0] is None:
                 stream = io.StringIO()
                 nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
                 self._figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
                 self._drawn = stream.getvalue()
-        finally:
-            self._context.__exit__(*told)
-            _DRAWING.release()
 
     def svg(self, title: str) -> str:
         """The element alone, in the page's colours and type."""

@@ -57,14 +57,18 @@ def report(
         else:
             with opened(config) as store:
                 made = report_of_records(store, where, terms)
-        if out:
-            whole_file(out, page_of(made))
+        page = page_of(made) if out else ""
     except InvalidValue as error:
         fail(error.message, status=2)
     except NearfarError as error:
         fail(error.message)
     except OSError as error:
-        fail(f"{out}: {error.strerror}")
+        fail(str(error))
+    if out:
+        try:
+            whole_file(out, page)
+        except OSError as error:
+            fail(f"{out}: {error.strerror}")
     if as_json:
         print(json.dumps(made.object, ensure_ascii=False, indent=2, allow_nan=False))
     if out:
@@ -73,7 +77,7 @@ def report(
 
 def whole_file(path: Path, text: str) -> None:
     """Write it whole or not at all. Raises OSError."""
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.parent / f".{path.name}.new"  # with_name refuses what has no name, as "." and "/"
     try:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)

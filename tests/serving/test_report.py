@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import pytest
@@ -15,7 +16,10 @@ from typer.testing import CliRunner
 
 from comparisons.run_file import read_run
 from models.errors import Unavailable
+from serving import plots
 from serving.cli import app
+from serving.ledger import FOLDER
+from serving.plots import Bar, intervals
 from serving.report import Terms, report_of_run
 from serving.report_page import page_of
 from tests.serving.conftest import picture, running
@@ -159,6 +163,7 @@ def test_without_matplotlib_there_are_figures_and_a_line_that_says_what_to_insta
         (("--json", "--run", "EMPTY"), 1, ("no answers",)),
         (("--json", "--run", "OTHER"), 1, ("no file of an evaluation",)),
         (("--run", "RUN", "--out", "/nowhere/report.html"), 1, ("/nowhere/report.html",)),
+        (("--run", "RUN", "--out", "/"), 1, ("nearfar: /: ",)),
     ],
 )  # fmt: skip
 def test_what_cannot_be_reported_on_is_told_in_a_line(
@@ -175,6 +180,26 @@ def test_what_cannot_be_reported_on_is_told_in_a_line(
     assert run.stderr.startswith("nearfar: ")
     assert len(run.stderr.splitlines()) == 1
     assert all(word in run.stderr for word in words)
+
+
+def test_a_ledger_that_cannot_be_read_is_told_by_its_own_name(evaluated: Evaluated, tmp_path: Path) -> None:
+    segment = tmp_path / "data" / FOLDER / "0000000000000001.jsonl"
+    segment.mkdir(parents=True)
+    command = ["report", "--run", str(evaluated.file), "--out", str(tmp_path / "report.html")]
+    run = CliRunner().invoke(app, command, env={"NEARFAR_DATA_DIR": str(tmp_path / "data")})
+    assert run.exit_code == 1
+    assert str(segment) in run.stderr
+    assert "report.html" not in run.stderr
+
+
+def test_a_figure_that_cannot_be_made_does_not_keep_the_next_from_being_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Bar(label="one", told="0.5, n = 4", value=0.5)
+    with monkeypatch.context() as broken:
+        broken.setattr("matplotlib.figure.Figure.add_subplot", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            intervals([row], scale="share", label="share", title="one")
+    assert not plots._DRAWING.locked()
+    assert intervals([row], scale="share", label="share", title="one").startswith("<svg")
 
 
 @pytest.fixture(scope="module")
