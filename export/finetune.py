@@ -7,6 +7,7 @@ a folder of its own there, and takes OUT's place by a rename.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shutil
@@ -14,7 +15,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +41,7 @@ from transformers import (
 from export.checkpoint import RECORD, load_checkpoint
 from export.folders import check_target, move_into_place
 from export.lessons import Example, Lessons, Reader, collate
-from models.errors import BadRequest, InvalidValue, NearfarError
+from models.errors import BadRequest, InvalidValue, NearfarError, Unavailable
 from models.images import Detail
 from models.machine import process_peak_bytes
 
@@ -56,6 +58,7 @@ LAYERS: Mapping[Parts, str] = {
 MAX_RANK = 1024  # beyond the width of the smaller models it adds nothing
 MAX_SEED = 2**32 - 1  # NumPy's
 RUN = "run.json"  # in a run's folder: what it is a run of
+LOCK = "lock"  # there too: held as long as somebody trains
 CHECKPOINTS = "checkpoints"
 STATE = "trainer_state.json"  # the last file of a checkpoint: one without it is half-written
 MADE_WITH = ("torch", "transformers", "peft", "accelerate")
@@ -126,9 +129,9 @@ def finetune(
     """Train an adapter of the checkpoint folder `base` into the folder `out`; returns its record, RECORD beside it.
 
     Raises BadRequest for wrong arguments and for examples that cannot be learnt from, before anything is trained;
-    CheckpointError for a base that does not load; NearfarError where the disk refuses, or nothing but infinite weights
-    came of it. `out` is then as it was, and
-    what was trained until then is kept for `resume`.
+    CheckpointError for a base that does not load; Unavailable where another process trains `out`; NearfarError where
+    the disk refuses, or nothing but infinite weights came of it. `out` is then as it was, and what was trained until
+    then is kept for `resume`.
     """
     base, out = base.resolve(), out.resolve()
     work = out.with_name(f".{out.name}.training")
@@ -150,23 +153,24 @@ def finetune(
     for lessons in (train, validation):
         lessons.check(show_progress=show_progress)
     try:
-        _begin(work, run, material.beside, fresh=not resume)
-        config = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=LAYERS[plan.parts], bias="none")
-        torch.manual_seed(plan.seed)  # of the adapter's first weights
-        model: PeftModel = get_peft_model(checkpoint.model, config)
-        follower = _Follower(show_progress=show_progress)
-        trainer = _trainer(model, train, validation, work, plan, follower, on_gpu=device == "cuda")
-        trainer.train(resume_from_checkpoint=_last_whole(work / CHECKPOINTS) if resume else None)
-        _check_numbers(model)
-        record = run | {
-            "adapter": {"layers": plan.parts, "trained_parameters": _trained(model)},
-            "rows": {"train": len(train), "validation": len(validation)},
-            "result": _result(trainer, follower, device),
-            "made_with": {package: version(package) for package in MADE_WITH},
-        }
-        _write(model, base.name, work / "adapter", record, material.beside)
-        move_into_place(work / "adapter", out)
-        shutil.rmtree(work, ignore_errors=True)
+        with _alone(out, work):
+            _begin(work, run, material.beside, fresh=not resume)
+            config = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=LAYERS[plan.parts], bias="none")
+            torch.manual_seed(plan.seed)  # of the adapter's first weights
+            model: PeftModel = get_peft_model(checkpoint.model, config)
+            follower = _Follower(show_progress=show_progress)
+            trainer = _trainer(model, train, validation, work, plan, follower, on_gpu=device == "cuda")
+            trainer.train(resume_from_checkpoint=_last_whole(work / CHECKPOINTS) if resume else None)
+            _check_numbers(model)
+            record = run | {
+                "adapter": {"layers": plan.parts, "trained_parameters": _trained(model)},
+                "rows": {"train": len(train), "validation": len(validation)},
+                "result": _result(trainer, follower, device),
+                "made_with": {package: version(package) for package in MADE_WITH},
+            }
+            _write(model, base.name, work / "adapter", record, material.beside)
+            move_into_place(work / "adapter", out)
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise NearfarError(f"{out} cannot be written: {error.strerror or error}") from error
     except torch.OutOfMemoryError as error:
@@ -174,11 +178,26 @@ def finetune(
     return record
 
 
+@contextmanager
+def _alone(out: Path, work: Path) -> Iterator[None]:
+    """One run at a time in the folder `work`, which is made. Raises Unavailable, and OSError."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends
+        except BlockingIOError:
+            raise Unavailable(f"{out} is being trained by another process") from None
+        yield
+
+
 def _check_work(out: Path, work: Path, *, resume: bool, overwrite: bool) -> None:
     if (out / RECORD).is_file() and not overwrite:
         raise BadRequest(f"{out} holds an adapter already; --overwrite replaces it", param="out")
     if resume and not (work / RUN).is_file():
         raise BadRequest(f"there is no unfinished run of {out} to resume", param="resume")
+    if (work / LOCK).is_file():  # told before the base is loaded
+        with _alone(out, work):
+            pass
     if work.exists() and not resume and not overwrite:
         raise BadRequest(f"an unfinished run of {out} is there: --resume goes on with it, --overwrite begins anew")
 
@@ -197,8 +216,11 @@ def _check_run(work: Path, run: Mapping[str, Any]) -> None:
 
 def _begin(work: Path, run: Mapping[str, Any], beside: Mapping[str, str], *, fresh: bool) -> None:
     if fresh:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        for old in work.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old.name != LOCK:
+                old.unlink()
         for name, text in beside.items():  # here already, so that the base can be asked while it trains
             (work / name).write_text(text)
         (work / RUN).write_text(json.dumps(run, indent=2) + "\n")

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from comparisons.dataset import Media, Row
 from export.checkpoint import CheckpointError, load_checkpoint
-from export.finetune import CHECKPOINTS, Material, Plan, finetune
+from export.finetune import CHECKPOINTS, RUN, Material, Plan, finetune
 from export.lessons import NOT_LEARNT, Example, Lessons, Reader, collate
-from models.errors import BadRequest, InvalidValue, NearfarError
+from models.errors import BadRequest, InvalidValue, NearfarError, Unavailable
 from models.images import Detail
 from models.request import AnswerRequest, GenerationSettings
 from models.tiny_scenes import scenes
@@ -156,6 +156,26 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path: Path, e
     assert [*(tmp_path / ".colors.training" / CHECKPOINTS).iterdir()] == []
     finetune(embedded_checkpoint, material([*rows(4)]), out, PLAN, resume=True, show_progress=False)
     assert adapter(out)
+
+
+@pytest.mark.parametrize("again", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_into_the_same_folder_is_refused_and_the_first_one_ends(
+    tmp_path: Path, embedded_checkpoint: Path, again: dict[str, bool]
+) -> None:
+    out = tmp_path / "colors"
+    refused: list[str] = []
+
+    def begin_again() -> None:
+        if (tmp_path / ".colors.training" / RUN).exists() and not refused:
+            with pytest.raises(Unavailable, match="is being trained by another process") as caught:
+                finetune(tmp_path / "no base", material([*rows(4)]), out, PLAN, show_progress=False, **again)
+            refused.append(caught.value.message)
+
+    hooked = [Hooked(row, begin_again) for row in rows(4)]
+    finetune(embedded_checkpoint, material([*hooked]), out, PLAN, show_progress=False)
+    assert len(refused) == 1
+    assert "\n" not in refused[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["colors"]
 
 
 def test_a_training_that_ends_in_no_numbers_makes_no_adapter(tmp_path: Path, embedded_checkpoint: Path) -> None:
