@@ -4,6 +4,8 @@ import { at, make } from "./dom.js";
 import { fieldOf, Picture } from "./picture.js";
 import { readEvents } from "./sse.js";
 
+const RETRY_MS = 1500;
+
 export class Compare {
   #running = null; // the AbortController of the comparison under way
   #targets = [];
@@ -28,6 +30,7 @@ export class Compare {
     at("message").textContent = text;
   }
 
+  /** Whether the targets are there; waits while the service is not ready. */
   async load() {
     try {
       ({ targets: this.#targets } = await (await this.ask("targets")).json());
@@ -38,8 +41,9 @@ export class Compare {
       return true;
     } catch (error) {
       this.say(error.message);
-      if (error.status === 503) setTimeout(() => this.load(), 1500); // the models are still being loaded
-      return false;
+      if (error.status !== 503) return false;
+      await new Promise((settle) => setTimeout(settle, RETRY_MS)); // the models are still being loaded
+      return this.load();
     }
   }
 

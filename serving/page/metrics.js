@@ -5,7 +5,8 @@ import { bytes, dollars, milliseconds, number, rate } from "./format.js";
 import { histogram, parse, quantile, select, sum } from "./prometheus.js";
 
 const EVERY_MS = 2000;
-const KEPT = 61; // looks: two minutes
+const KEPT_S = 120;
+const STEPS = (KEPT_S * 1000) / EVERY_MS; // of a curve
 const [WIDTH, HEIGHT] = [120, 28];
 const DONE = { outcome: "finished" };
 
@@ -47,7 +48,9 @@ export class Metrics {
       const last = this.#looks.at(-1);
       // A counter that fell: the service was started anew.
       if (last && (total(samples) ?? 0) < (total(last.samples) ?? 0)) this.#looks = [];
-      this.#looks = [...this.#looks, { at_s: performance.now() / 1000, samples }].slice(-KEPT);
+      const at_s = performance.now() / 1000;
+      // By their age, not their number: while nobody saw the page there were none.
+      this.#looks = [...this.#looks.filter((look) => at_s - look.at_s <= KEPT_S), { at_s, samples }].slice(-STEPS - 1);
       this.parts.message.textContent = "";
       this.#draw();
     } catch (error) {
@@ -121,7 +124,7 @@ function tile(name, value, below, values = [], most = 0) {
 function curve(values, most) {
   const high = Math.max(most, ...values) || 1;
   const svg = drawn("svg", { class: "curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" });
-  const step = WIDTH / (KEPT - 1);
+  const step = WIDTH / STEPS;
   const from = WIDTH - (values.length - 1) * step;
   const points = values.map((value, place) => `${(from + place * step).toFixed(1)},${(HEIGHT - 2 - (value / high) * (HEIGHT - 4)).toFixed(1)}`);
   svg.append(drawn("line", { x1: 0, x2: WIDTH, y1: HEIGHT - 1, y2: HEIGHT - 1, class: "curve_ground" }));

@@ -94,6 +94,11 @@ def test_from_a_dropped_picture_to_answers_vote_history_and_decisions(open_page:
     page.get_by_role("slider", name="Privacy").press("End")
     expect(page.locator("#verdict_reasons")).to_contain_text("privacy, weight 1:")
     assert re.search(r"#/verdict\?weights=quality.*privacy%3D1", page.url)
+    base = page.url.partition("#")[0]
+    page.route("**/verdict?*", lambda route: route.fulfill(response=route.fetch(url=f"{base}verdict")))
+    with page.expect_request("**/verdict?*") as asked:  # a plus that is not escaped would be a space
+        page.goto(f"{base}#/verdict?targets=local/a%2Bb,local/c")
+    assert asked.value.url.endswith("verdict?targets=local%2Fa%2Bb%2Clocal%2Fc")
     go(page, "Break-even")
     page.locator("#even_plot svg").wait_for()
     go(page, "Metrics")
