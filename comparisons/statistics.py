@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist, median
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) ->
     """
     ordered, n, rank = sorted(samples), len(samples), 0
     ways = reached = 1  # of 2**n: that none lies below
-    while n and reached <= (1 - confidence) / 2 * 2**n:
+    most = math.floor(Fraction((1 - confidence) / 2) * 2**n)  # from 1,024 samples on 2**n is no float any more
+    while n and reached <= most:
         ways = ways * (n - rank) // (rank + 1)
         rank, reached = rank + 1, reached + ways
     return Interval(median(ordered), ordered[rank - 1], ordered[n - rank]) if rank else None
