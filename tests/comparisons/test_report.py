@@ -47,7 +47,9 @@ def status(claim: str, found: Evidence) -> tuple[str, str]:
     return each.status, each.result
 
 
-@pytest.mark.parametrize(("n", "rank"), [(6, 1), (8, 1), (9, 2), (20, 6), (100, 40), (1000, 469), (1024, 481), (10_000, 4902)])
+@pytest.mark.parametrize(
+    ("n", "rank"), [(6, 1), (8, 1), (9, 2), (20, 6), (100, 40), (1000, 469), (1024, 481), (10_000, 4902)]
+)
 def test_the_interval_of_a_median_has_the_ranks_of_the_sign_test(n: int, rank: int) -> None:
     found = median_interval([float(place) for place in range(n, 0, -1)])
     assert found is not None
