@@ -112,9 +112,10 @@ programs:
 	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	$(INSTALL_MISSING)
 
-# The test of the images builds and runs one, which only root can do here; elsewhere it is skipped and says so.
+# The tests of the images and of an emulated Arm processor run as root on Debian; elsewhere they are skipped and say so.
 image-programs:
 	@missing=; \
 	if [ "$$(id -u)" != 0 ] || [ "$$(uname)" != Linux ] || ! command -v apt-get >/dev/null; then exit 0; fi; \
 	for program in podman runc debootstrap; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	command -v qemu-aarch64-static >/dev/null || missing="$$missing qemu-user-static"; \
 	$(INSTALL_MISSING)
