@@ -20,8 +20,9 @@ import { Verdict } from "./verdict.js";
 const partsOf = (prefix, ...names) => Object.fromEntries(names.map((name) => [name, at(`${prefix}_${name}`)]));
 const link = (view) => document.querySelector(`nav a[href="#/${view}"]`);
 
+const key = () => at("key").value;
 const ask = service({
-  key: () => at("key").value,
+  key,
   locked() {
     at("key_box").hidden = false;
   },
@@ -48,13 +49,14 @@ const recorded = new Recorded(partsOf("record", "box", "picture", "title", "fact
   gone: () => router.go("history"),
 });
 const leaderboard = new Leaderboard(partsOf("leaderboard", "table", "rows", "text", "message"), { ask });
-const history = new History(partsOf("history", "form", "list", "more", "message", "text", "targets"), {
+const history = new History(partsOf("history", "form", "list", "more", "message", "text", "targets", "report"), {
   ask,
+  key,
   filtered: (query) => router.replace(query ? `history?${query}` : "history"),
 });
 const verdict = new Verdict(
-  partsOf("verdict", "sliders", "first", "second", "reset", "message", "result", "choice", "text", "dissent", "sides", "rows", "reasons", "lenses", "formulas"),
-  { ask, chosen: (query) => router.replace(query ? `verdict?${query}` : "verdict") },
+  partsOf("verdict", "sliders", "first", "second", "reset", "report", "message", "result", "choice", "text", "dissent", "sides", "rows", "reasons", "lenses", "formulas"),
+  { ask, key, chosen: (query) => router.replace(query ? `verdict?${query}` : "verdict") },
 );
 const breakEven = new BreakEven(
   partsOf("even", "sliders", "mode", "measured", "message", "plot", "heading", "rows", "method", "inputs"), { ask },

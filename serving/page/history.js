@@ -2,6 +2,7 @@
 
 import { asked, at, box, make } from "./dom.js";
 import { dollars, milliseconds, moment } from "./format.js";
+import { offerReport } from "./report.js";
 
 const PAGE = 24;
 const MARKS = new Map([[true, ["✓", "right"]], [false, ["✗", "wrong"]]]);
@@ -18,8 +19,8 @@ export async function deleted(id, ask) {
 export class History {
   #next = null;
 
-  /** `parts`: form, list, more, message, text, targets. */
-  constructor(parts, { ask, filtered }) {
+  /** `parts`: form, list, more, message, text, targets, report. */
+  constructor(parts, { ask, key, filtered }) {
     Object.assign(this, { parts, ask, filtered });
     parts.form.addEventListener("submit", (event) => event.preventDefault());
     parts.form.addEventListener("change", () => {
@@ -27,6 +28,8 @@ export class History {
       this.load();
     });
     parts.more.addEventListener("click", () => this.#page());
+    const say = (text) => (parts.message.textContent = text);
+    offerReport(parts.report, { ask, key, terms: () => this.#terms(), say });
   }
 
   /** `query`: the filter as the address has it. */
@@ -46,11 +49,16 @@ export class History {
     return new URLSearchParams([...new FormData(this.parts.form)].filter(([, value]) => value));
   }
 
+  /** The filter as the service takes it: a day that is chosen is one of the reader's own zone. */
+  #terms() {
+    const query = this.#filter();
+    if (query.has("since")) query.set("since", new Date(`${query.get("since")}T00:00`).toISOString());
+    return query;
+  }
+
   async #page() {
     const { list, more, message, text } = this.parts;
-    const query = this.#filter();
-    // A day that is chosen is one of the reader's own zone.
-    if (query.has("since")) query.set("since", new Date(`${query.get("since")}T00:00`).toISOString());
+    const query = this.#terms();
     query.set("limit", PAGE);
     query.set("thumbnails", "true");
     const first = !this.#next;

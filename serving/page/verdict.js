@@ -1,6 +1,7 @@
 // Which of two targets to ship, from all that was kept: sliders for what counts how much, the service's decision.
 
 import { box, make, pair, rowHead } from "./dom.js";
+import { offerReport } from "./report.js";
 import { Slider } from "./slider.js";
 
 const PRIORITIES = {
@@ -18,8 +19,8 @@ const span = ({ mean, low, high }) => `${signed(mean)} (${signed(low)} to ${sign
 export class Verdict {
   #sliders = new Map();
 
-  /** `parts`: sliders, first, second, reset, message, result, and what the result has. `chosen(query)`: for the address. */
-  constructor(parts, { ask, chosen }) {
+  /** `parts`: sliders, first, second, reset, report, message, result, and what it has. `chosen(query)`: for the address. */
+  constructor(parts, { ask, key, chosen }) {
     Object.assign(this, { parts, ask, chosen });
     for (const select of [parts.first, parts.second]) select.addEventListener("change", () => this.#moved());
     parts.reset.addEventListener("click", () => {
@@ -27,6 +28,8 @@ export class Verdict {
       this.#ask(new URLSearchParams(), { anew: true });
       chosen("");
     });
+    const say = (text) => (parts.message.textContent = text);
+    offerReport(parts.report, { ask, key, terms: () => this.asked ?? "", say });
   }
 
   /** `query`: targets, weights and volume as the address has them, and as the service takes them. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.page.test_page import LOWEST_CONTRAST, choose_sample, sideways_px, wa
 
 pytestmark = [pytest.mark.browser, pytest.mark.enable_socket, pytest.mark.timeout(300)]
 OpenPage = Callable[..., Any]
+KEY = "nf-a-key-for-this-test-alone-0123456789"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 VIEWS = {
     "history": ".kept",
@@ -64,7 +66,8 @@ def test_from_a_dropped_picture_to_answers_vote_history_and_decisions(open_page:
     assert "#/compare/cmp_" in link
     page.reload()
     page.get_by_role("heading", name="Kept comparison").wait_for()
-    assert page.locator(".answer:visible").all_inner_texts() == [page.locator("#record dd").nth(1).inner_text()] * 2
+    right = page.locator("#record dd").nth(1).inner_text()  # waits until the record is there
+    assert page.locator(".answer:visible").all_inner_texts() == [right] * 2
     assert "Drawn on the stored thumbnail" in page.locator("#record figure.tiles").first.inner_text()
     assert page.locator("#record_picture").evaluate("image => image.naturalWidth") == 128
 
@@ -94,6 +97,7 @@ def test_from_a_dropped_picture_to_answers_vote_history_and_decisions(open_page:
     page.get_by_role("slider", name="Privacy").press("End")
     expect(page.locator("#verdict_reasons")).to_contain_text("privacy, weight 1:")
     assert re.search(r"#/verdict\?weights=quality.*privacy%3D1", page.url)
+    decided, verdict = page.url, page.locator("#verdict_text").inner_text()
     base = page.url.partition("#")[0]
     page.route("**/verdict?*", lambda route: route.fulfill(response=route.fetch(url=f"{base}verdict")))
     with page.expect_request("**/verdict?*") as asked:  # a plus that is not escaped would be a space
@@ -104,6 +108,55 @@ def test_from_a_dropped_picture_to_answers_vote_history_and_decisions(open_page:
     go(page, "Metrics")
     expect(page.locator("#metrics_rows tr")).to_have_count(2)
     assert [row.split()[1] for row in page.locator("#metrics_rows tr").all_inner_texts()] == ["2", "2"]
+
+    page.unroute_all()
+    page.goto(decided)
+    expect(page.locator("#verdict_text")).to_have_text(verdict)
+    problems: list[str] = []
+    page.context.on("console", lambda message: problems.append(message.text))
+    with page.expect_popup() as opening:
+        page.get_by_role("button", name="Report").click()
+    report = opening.value
+    choice, _, text = verdict.partition(": ")
+    expect(report.locator("h1")).to_have_text(choice)
+    assert report.locator("h1").bounding_box()["y"] < 300, "on top"
+    assert report.locator("#verdict .lead").inner_text() == text[0].upper() + text[1:]
+    assert "privacy, weight 1:" in report.locator("#verdict").inner_text(), "with the weights of the view"
+    assert report.locator(".matrix tbody tr").count() == 2
+    assert report.locator(".matrix img").evaluate_all("all => all.every((one) => one.naturalWidth > 0)")
+    assert report.locator("svg.plot").count() > 0
+    assert problems == []
+
+
+def test_with_a_key_the_report_is_a_file_and_that_of_nothing_is_a_line_in_the_view(
+    browser: Any, tmp_path: Path
+) -> None:
+    settings = {"NEARFAR_DATA_DIR": str(tmp_path), "NEARFAR_API_KEYS": KEY}
+    with child_service(settings=settings) as address, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(f"{address}/#/history")
+        page.locator("#key").fill(KEY)
+        page.locator("#use_key").click()
+        expect(page.locator("#history_text")).to_contain_text("Nothing is kept yet")
+        page.get_by_role("button", name="Report").click()
+        expect(page.locator("#history_message")).to_contain_text("there is no comparison to report on")
+
+        go(page, "Compare")
+        choose_sample(page)
+        page.locator("#ask").click()
+        wait_for_verdict(page)
+        go(page, "History")
+        with page.expect_download() as loading:
+            page.get_by_role("button", name="Report").click()
+        expect(page.locator("#history_message")).to_be_empty()
+        assert loading.value.suggested_filename == "nearfar-report.html"
+        assert len(context.pages) == 1
+        loading.value.save_as(tmp_path / "report.html")
+        problems: list[str] = []
+        context.on("console", lambda message: problems.append(message.text))
+        page.goto((tmp_path / "report.html").as_uri())
+        expect(page.locator(".matrix tbody tr")).to_have_count(1)
+        assert problems == []
 
 
 def test_a_comparison_is_deleted_once_that_was_confirmed(open_page: OpenPage) -> None:
