@@ -14,8 +14,8 @@ help:  ## this list
 demo: .venv/.installed  ## install into .venv and show both answers side by side; KEEP=1 keeps serving the page
 	.venv/bin/nearfar demo $(if $(filter 1,$(KEEP)),--keep)
 
-test: .venv-test/.installed programs  ## install into .venv-test and run the tests; PYTEST_ARGS='-k name' to choose
-	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+test: .venv-test/.installed programs  ## install into .venv-test and run the tests, two files at once; PYTEST_ARGS='-k name' to choose
+	.venv-test/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: .venv-test/.installed  ## everything before a commit: formatting, lint, types, tests
 	.venv-test/bin/ruff format --check .
