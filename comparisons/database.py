@@ -71,12 +71,6 @@ def connect_options(url: URL) -> dict[str, str]:
     return {name: option for name, option in options.items() if name not in url.query}
 
 
-def make_private(file: Path) -> None:
-    """The file is there, for its owner alone; what SQLite makes beside it takes its permissions."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-
-
 def check_room(file: Path) -> None:
     """Raises Unavailable where a disk is so full that the next record may not fit: a small write still may."""
     disk = os.statvfs(file.parent)

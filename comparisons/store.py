@@ -37,12 +37,12 @@ from comparisons.database import (
     begin_sqlite,
     check_room,
     connect_options,
-    make_private,
     prepare_sqlite,
     told_plainly,
 )
 from comparisons.records import ArmRecord, Cast, Record, Told
 from models.errors import InvalidValue, Unavailable
+from models.files import make_private
 from models.request import Task
 
 RETENTION_EVERY_S = 3600.0

@@ -6,7 +6,6 @@ Reads safetensors alone: no pickle, no remote code.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from models.errors import NearfarError
+from models.files import read_object
 
 MODEL_TYPES = ("smolvlm", "idefics3")
 TEXT_MODEL_TYPES = ("llama", "smollm3")
@@ -30,15 +30,7 @@ class CheckpointError(NearfarError):
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """One of the folder's JSON files, which must hold an object. Raises CheckpointError."""
-    try:
-        content = json.loads((folder / name).read_text())
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {name} cannot be read") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder / name} is not JSON") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / name} holds no JSON object")
-    return content
+    return read_object(folder, name, CheckpointError, otherwise="no checkpoint")
 
 
 def model_name(folder: Path) -> str:

@@ -8,7 +8,6 @@ and graphs inside attributes. All other bytes are copied. A changed file says so
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import re
@@ -37,6 +36,7 @@ from models.bundle import (
 )
 from models.catalog import Shape
 from models.errors import BadRequest, BundleError
+from models.files import read_object
 from models.images import ImageProcessing
 from models.onnx_model import OnnxModel
 from models.prompt import read_template
@@ -183,15 +183,7 @@ def _name_of(folder: Path) -> str:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BundleError(f"{folder} is not in the published layout: {name} cannot be read") from error
-    except ValueError as error:
-        raise BundleError(f"{folder / name} is not JSON") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{folder / name} holds no JSON object")
-    return content
+    return read_object(folder, name, BundleError, otherwise="not in the published layout")
 
 
 def read_tokenizer(folder: Path) -> TextTokenizer:

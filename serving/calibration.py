@@ -216,7 +216,7 @@ def written(file: Path, route: str, hop: Mapping[str, Any]) -> None:
     raise NotFound(f"route {route} of {file} does not ask {hop['target']}")
 
 
-def write_page(made: Calibrated) -> str:
+def page_of(made: Calibrated) -> str:
     """The whole page; all figures are in it again as JSON."""
     found = made.found
     curve = [(point.coverage, point.risk) for point in found.curve]

@@ -18,8 +18,8 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comparisons.database import make_private
 from models.errors import BudgetSpent, Unavailable, Unrecorded
+from models.files import make_private
 from serving.settings import Settings
 
 NANO = 10**9

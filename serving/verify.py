@@ -25,6 +25,7 @@ from models import quality
 from models.bundle import MANIFEST, Bundle, sha256_of
 from models.errors import BadRequest, BundleError, Unavailable
 from models.execution import RUNTIME
+from models.files import write_whole
 from models.images import decode_image
 from models.loaded_model import LoadedModel
 from models.machine import machine
@@ -177,12 +178,9 @@ def verify_bundle(
 
 def save_report(report: dict[str, Any], path: Path) -> None:
     """Write it beside and rename. Raises Unavailable where it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise Unavailable(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -25,7 +25,7 @@ svg { max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-seri
 """
 
 
-def write_page(result: Mapping[str, Any]) -> str:
+def page_of(result: Mapping[str, Any]) -> str:
     """The whole page. All figures are in it again as JSON, for programs."""
     machine = result["machine"]
     where = f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instruction_sets'])})"

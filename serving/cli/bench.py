@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from models.errors import NearfarError
-from serving.cli.console import JsonFlag, fail, settings_from
+from serving.cli.console import JsonFlag, fail, settings_from, write_page
 from serving.local_models import model_folder
 
 
@@ -50,7 +50,7 @@ def bench(
     """Measure on this machine: vision, prompt step, decoding, one request by stages, requests per second."""
     from serving.bench.engine import BundleContestant, Scale
     from serving.bench.load import Limits
-    from serving.bench.page import write_page
+    from serving.bench.page import page_of
     from serving.bench.run import bench_table, run_bench
 
     sizes = {"--tiles": tiles, "--prompts": prompts, "--contexts": contexts, "--rows": rows, "--clients": clients}
@@ -78,12 +78,12 @@ def bench(
         )
     except NearfarError as error:
         fail(error.message)
-    if html:
-        html.write_text(write_page(result))
     if as_json:
         print(json.dumps(result, indent=2))
     else:
         bench_table(result, Console())
+    if html:
+        write_page(html, page_of(result))
     if result["process_peak_bytes"] > result["counted_bytes"]:
         fail("the service took more memory than its budget counts for this model (models/memory.py)")
 

@@ -14,7 +14,7 @@ from comparisons.calibration import Goal
 from comparisons.store import Filter
 from models.errors import NearfarError
 from models.request import Task
-from serving.cli.console import ConfigOption, JsonFlag, fail, settings_from
+from serving.cli.console import ConfigOption, JsonFlag, fail, settings_from, write_page
 from serving.cli.records import opened
 from serving.settings import Settings, settings_file
 
@@ -44,7 +44,7 @@ def calibrate(
     Fitted on half of the records and reported on the others: wrong answers, questions that go to the hosted model and
     dollars, each with its interval.
     """
-    from serving.calibration import calibrated, evidence_of, write_page, written
+    from serving.calibration import calibrated, evidence_of, page_of, written
 
     settings = settings_from(config=config)
     first, second = _two_targets(settings, route, local, hosted)
@@ -60,9 +60,9 @@ def calibrate(
         made = calibrated(evidence, goal, seed=seed, day=datetime.now(UTC).date())
         if write and route and file:
             written(file, route, made.hop())
-    if page:
-        page.write_text(write_page(made))
     print(json.dumps(made.object(), indent=2) if as_json else "\n".join([*made.lines(), *_section(made.hop(), route)]))
+    if page:
+        write_page(page, page_of(made))
 
 
 def _two_targets(

@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from models.errors import NearfarError
+from models.files import write_whole
 from serving.settings import Settings
 
 ConfigOption = Annotated[Path | None, typer.Option(help="settings file  [default: nearfar.toml here, if there is one]")]
@@ -48,3 +49,11 @@ def fail(message: str, *, status: int = 1) -> NoReturn:
 def say(text: str) -> None:
     """One line on stderr."""
     print(f"nearfar: {text}", file=sys.stderr)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Whole or not at all; where it cannot be written the command ends in one line."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")

@@ -10,7 +10,7 @@ import typer
 
 from comparisons.decision import MAX_VOLUME, VOLUME
 from models.errors import InvalidValue, NearfarError
-from serving.cli.console import ConfigOption, JsonFlag, fail, say, settings_from
+from serving.cli.console import ConfigOption, JsonFlag, fail, say, settings_from, write_page
 from serving.cli.records import CorrectOption, SinceOption, TargetOption, TaskOption, UntilOption, opened, where_of
 
 
@@ -65,21 +65,8 @@ def report(
     except OSError as error:
         fail(str(error))
     if out:
-        try:
-            whole_file(out, page)
-        except OSError as error:
-            fail(f"{out}: {error.strerror}")
+        write_page(out, page)
     if as_json:
         print(json.dumps(made.object, ensure_ascii=False, indent=2, allow_nan=False))
     if out:
         say(f"{out}: {made.object['source']['inputs']} inputs, {out.stat().st_size / 1000:,.0f} kB")
-
-
-def whole_file(path: Path, text: str) -> None:
-    """Write it whole or not at all. Raises OSError."""
-    beside = path.parent / f".{path.name}.new"  # with_name refuses what has no name, as "." and "/"
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

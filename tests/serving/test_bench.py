@@ -11,7 +11,7 @@ from models.errors import Unavailable
 from models.tiny_scenes import BUNDLES
 from serving.bench.engine import LONGEST_S, BundleContestant, Scale, run_scales
 from serving.bench.load import Limits, percentiles, run_load, text_question
-from serving.bench.page import write_page
+from serving.bench.page import page_of
 from serving.bench.request import overhead, picture_first_token, session_seconds
 from serving.child import child_service
 
@@ -90,7 +90,7 @@ def test_a_name_in_the_page_is_text() -> None:
         "target": "</script><script>alert(1)</script>", "loads": [], "stages": {"total_ms": 1.0}, "pareto": [],
         "question": "", "first_token": [],
     }  # fmt: skip
-    text = write_page(result)
+    text = page_of(result)
     assert "<script>alert" not in text
     assert "<b>" not in text
 
