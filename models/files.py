@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def make_private(file: Path) -> None:
-    """The file is there, for its owner alone; what SQLite makes beside it takes its permissions."""
+    """The file is there, for its owner alone; what SQLite makes beside it takes its permissions.
+
+    One that is there is not opened: closing it would drop the locks that this process's connections hold on it, and
+    another process could then take away the log that they write into (https://sqlite.org/howtocorrupt.html, 2.2).
+    """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    with suppress(FileExistsError):
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def read_object(folder: Path, name: str, kind: type[NearfarError], *, otherwise: str) -> dict[str, Any]:

@@ -45,6 +45,13 @@ if len(sys.argv) > 3:
     time.sleep(60)
 """
 
+HELD = """
+import sys
+from pathlib import Path
+from serving.spending import Spending
+print(sum(entry.held_nano for entry in Spending(Path(sys.argv[1])).entries(days=2)))
+"""
+
 
 def spender(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *arguments], stdout=subprocess.PIPE, text=True)
@@ -95,6 +102,16 @@ def test_the_account_is_for_its_owner_alone_to_read(tmp_path: Path) -> None:
 def test_two_processes_at_once_spend_from_one_budget(tmp_path: Path) -> None:
     both = [spender(tmp_path, "200") for _ in range(2)]
     assert sum(int(each.communicate(timeout=60)[0]) for each in both) == 1000 // 7
+
+
+def test_two_accounts_in_one_process_and_a_process_that_comes_and_goes_lose_nothing(tmp_path: Path) -> None:
+    with closing(Spending(tmp_path)) as first, closing(Spending(tmp_path)) as second:
+        first.hold(FAR, 1)
+        second.hold(FAR, 2)  # opens the file, on which the first one holds its locks
+        assert spender(tmp_path, "1").communicate(timeout=60)[0] == "1\n"
+        first.hold(FAR, 4)
+        asked = [sys.executable, "-c", HELD, str(tmp_path)]
+        assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "7\n"
 
 
 def test_what_a_killed_process_held_stays_held_until_the_day_ends(tmp_path: Path) -> None:
