@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from models.tiny_scenes import SAMPLES
-from tests.serving.conftest import picture, process
+from tests.serving.conftest import picture, process, wait_for
 from tests.serving.spoken import CHAT, COMPARE, DIALECTS, Asked
 
 QUESTION = {"prompt": "What color is the circle?"}
@@ -266,6 +266,8 @@ def test_a_full_queue_is_429_with_retry_after_in_every_dialect() -> None:
                     continue
                 refused = full.post(dialect.path, json=dialect.to_body(Asked(prompt="x")))
                 assert (refused.status_code, int(refused.headers["retry-after"]) >= 1) == (429, True)
+        short = {"prompt": "x", "max_tokens": 1}
+        wait_for(lambda: full.post("/infer", json=short).status_code == 200)  # once it has seen that the reader left
         assert_well(full)
 
 
