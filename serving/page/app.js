@@ -75,7 +75,7 @@ const router = new Router({
   compare: { section: at("view_compare"), link: link("compare"), show: showCompare },
   history: { section: at("view_history"), link: link("history"), show: (_, query) => history.show(query) },
   leaderboard: { section: at("view_leaderboard"), link: link("leaderboard"), show: () => leaderboard.load() },
-  verdict: { section: at("view_verdict"), link: link("verdict"), show: (_, query) => verdict.show(query) },
+  verdict: { section: at("view_verdict"), link: link("verdict"), show: (_, query) => verdict.show(query), hide: () => verdict.hide() },
   "break-even": { section: at("view_break_even"), link: link("break-even"), show: () => breakEven.show() },
   metrics: { section: at("view_metrics"), link: link("metrics"), show: () => metrics.show(), hide: () => metrics.hide() },
 });

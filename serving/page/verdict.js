@@ -24,6 +24,7 @@ export class Verdict {
     Object.assign(this, { parts, ask, chosen });
     for (const select of [parts.first, parts.second]) select.addEventListener("change", () => this.#moved());
     parts.reset.addEventListener("click", () => {
+      this.hide();
       parts.first.value = parts.second.value = "";
       this.#ask(new URLSearchParams(), { anew: true });
       chosen("");
@@ -34,8 +35,14 @@ export class Verdict {
 
   /** `query`: targets, weights and volume as the address has them, and as the service takes them. */
   async show(query) {
+    this.hide();
     await this.#offerTargets(query.get("targets")?.split(",") ?? []);
     await this.#ask(query, { anew: true });
+  }
+
+  /** What a slider or a choice was about to ask is not asked any more. */
+  hide() {
+    clearTimeout(this.waiting);
   }
 
   #moved() {

@@ -99,6 +99,10 @@ def test_from_a_dropped_picture_to_answers_vote_history_and_decisions(open_page:
     assert re.search(r"#/verdict\?weights=quality.*privacy%3D1", page.url)
     decided, verdict = page.url, page.locator("#verdict_text").inner_text()
     base = page.url.partition("#")[0]
+    slider = page.get_by_role("slider", name="Cost")
+    slider.evaluate("(it) => { it.value = it.max; it.dispatchEvent(new Event('input')); location.hash = '#/history'; }")
+    page.wait_for_timeout(300)  # a slider asks 150 ms after it was moved, unless another view is shown by then
+    assert page.url == f"{base}#/history"
     page.route("**/verdict?*", lambda route: route.fulfill(response=route.fetch(url=f"{base}verdict")))
     with page.expect_request("**/verdict?*") as asked:  # a plus that is not escaped would be a space
         page.goto(f"{base}#/verdict?targets=local/a%2Bb,local/c")
