@@ -49,11 +49,9 @@ def serve_on_ray(settings: Settings, replicas: Replicas, address: str | None) ->
         for folder in model_folders(settings):
             Bundle.read(folder)
     os.environ.update(ENVIRONMENT if address else ENVIRONMENT | OF_ITS_OWN)
-    try:
-        import ray
-        from ray import serve
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"--ray needs Ray ({error.name} is missing): pip install 'nearfar[ray]'") from error
+    import ray
+    from ray import serve
+
     if address:
         _connect(ray, address)
     else:

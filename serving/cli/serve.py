@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from asyncio.trsock import TransportSocket
+from importlib.util import find_spec
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,6 +20,7 @@ from serving.cli.fetching import fetch_absent
 from serving.doctor.machine import disk_of
 from serving.local_models import default_models
 from serving.logs import set_up
+from serving.ray_settings import Replicas
 from serving.settings import Settings, settings_file
 
 
@@ -69,6 +71,7 @@ def serve(
         fail(refusal, status=2)
     if not ray and (ray_address or replicas != "1"):
         fail("--replicas and --ray-address need --ray", status=2)
+    wanted = _replicas(replicas) if ray else None
     fetch_absent(settings, yes=yes)
     set_up(settings.log_format)
     if file := settings_file(settings.config):
@@ -76,8 +79,8 @@ def serve(
     if not disk_of(settings.data_dir).writable:
         what = "comparisons, models and the ledger cannot be kept there"
         logging.getLogger("nearfar").warning("%s cannot be written by this user: %s", settings.data_dir, what)
-    if ray:
-        return _run_on_ray(settings, replicas, ray_address)
+    if wanted:
+        return _run_on_ray(settings, wanted, ray_address)
     first_line = None
     if not settings.models:
         choice = default_models(settings)
@@ -86,12 +89,21 @@ def serve(
     run_server(settings, first_line)
 
 
-def _run_on_ray(settings: Settings, replicas: str, address: str | None) -> None:
+def _replicas(text: str) -> Replicas:
+    """What is wrong with `--ray` itself is told before anything is fetched."""
+    if not find_spec("ray"):
+        fail("--ray needs Ray: pip install 'nearfar[ray]'")
+    try:
+        return Replicas.parse(text)
+    except InvalidValue as error:
+        fail(error.message, status=2)
+
+
+def _run_on_ray(settings: Settings, replicas: Replicas, address: str | None) -> None:
     from serving.ray_head import serve_on_ray
-    from serving.ray_settings import Replicas
 
     try:
-        serve_on_ray(settings, Replicas.parse(replicas), address)
+        serve_on_ray(settings, replicas, address)
     except InvalidValue as error:
         fail(error.message, status=2)
     except NearfarError as error:

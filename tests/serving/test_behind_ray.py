@@ -162,3 +162,5 @@ def test_replicas_claim_their_threads_of_a_cluster_and_nothing_of_a_ray_of_their
 def test_replicas_without_ray_are_refused_before_anything_is_fetched() -> None:
     done = CliRunner().invoke(app, ["serve", "--replicas", "2", "--model", "smolvlm2-256m", "--offline"])
     assert (done.exit_code, done.stderr) == (2, "nearfar: --replicas and --ray-address need --ray\n")
+    done = CliRunner().invoke(app, ["serve", "--ray", "--model", "smolvlm2-256m", "--offline"])
+    assert (done.exit_code, done.stderr) == (1, "nearfar: --ray needs Ray: pip install 'nearfar[ray]'\n")
