@@ -49,7 +49,7 @@ class LocalEngine:
     def place(self) -> Iterator[None]:
         """One of the requests in hand, as long as the block runs. Raises Overloaded where they are too many."""
         if self.in_hand >= self.max_waiting:
-            raise Overloaded(f"{self.in_hand} requests are waiting; try again shortly")
+            raise Overloaded(f"no more than {self.max_waiting} requests are in hand at a time; try again shortly")
         self.in_hand += 1
         try:
             yield
