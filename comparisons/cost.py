@@ -59,7 +59,7 @@ def together(costs: Sequence[Cost | None]) -> Cost:
         return costs[0] or Cost(usd=None, basis="the one asking told no cost")
     if len(known) < len(costs):
         unknown = len(costs) - len(known)
-        return Cost(usd=None, basis=f"of {len(costs)} askings {unknown} told no cost; the others ${sum(known):.6f}")
+        return Cost(usd=None, basis=f"of {len(costs)} askings {unknown} told no cost; the others {dollars(sum(known))}")
     bases = dict.fromkeys(cost.basis for cost in costs if cost)
     return Cost(usd=sum(known), basis=f"{len(costs)} askings together: {'; '.join(bases)}")
 
@@ -176,7 +176,8 @@ def _data_date() -> str:
 
 
 def dollars(usd: float) -> str:
-    """In words: two digits of what is little, and nothing only for nothing."""
+    """In words: three digits of what is little, and nothing only for nothing."""
     if usd == 0:
         return "$0"
-    return f"${usd:.2f}" if usd >= 0.1 else f"${usd:.2g}" if usd >= 0.0001 else f"${usd:.1e}"
+    size = abs(usd)
+    return f"{'-' * (usd < 0)}${f'{size:,.2f}' if size >= 0.1 else f'{size:.3g}'}"

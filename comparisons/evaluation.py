@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from comparisons.cost import dollars
 from comparisons.dataset import Dataset, Row
 from comparisons.records import input_record
 from comparisons.run_file import Answered, Ask, RunFile
@@ -212,8 +213,9 @@ class Evaluation:
         counted = self._run.usd_counted + self._held_usd
         if plan.max_usd is not None and at_most and counted + at_most > plan.max_usd:
             raise BudgetSpent(
-                f"stopped before ${plan.max_usd:g} could be passed: ${counted:.6f} may be spent so far, and the next "
-                f"question to {turn.ask.target} can cost ${at_most:.6f}; --resume with a higher --max-usd goes on"
+                f"stopped before {dollars(plan.max_usd)} could be passed: {dollars(counted)} may be spent so far, "
+                f"and the next question to {turn.ask.target} can cost {dollars(at_most)}; "
+                "--resume with a higher --max-usd goes on"
             )
         if at_most:
             self._run.note_asking(turn.ask, at_most)

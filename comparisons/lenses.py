@@ -166,7 +166,7 @@ def _buyer(view: View) -> Lens:
         per_right = fmean(prices) / right if prices and right else None
         bill = f"{target}: price unknown"
         if month is not None:
-            bill = f"{target}: ${month:,.2f} a month for {view.volume:,} inputs (mean of n = {len(prices)})"
+            bill = f"{target}: {dollars(month)} a month for {view.volume:,} inputs (mean of n = {len(prices)})"
         said.append(bill + ("" if per_right is None else f", {dollars(per_right)} a right answer"))
         figures |= {f"{side}_usd_month": month, f"{side}_usd_per_right": per_right, f"{side}_n": len(prices)}
     return Lens(name="buyer", prefers=view.prefers("cost"), text="; ".join(said), figures=figures)

@@ -15,6 +15,7 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import AbstractTable, Array, InlineTable
 
 from comparisons.calibration import Block, Calibration, Goal, Point, Sample, calibrate
+from comparisons.cost import dollars
 from comparisons.pairs import is_meant
 from comparisons.records import ArmRecord, Record
 from comparisons.statistics import Interval
@@ -103,7 +104,7 @@ class Calibrated:
             f"  of the answers that stay, wrong   {percent(found.kept_error)}"
             + ("" if found.expected_kept_error is None else f"   expected {found.expected_kept_error:.1%}"),
             f"  asked of {far}: {percent(found.cloud_rate)}",
-            f"  dollars for 1,000 questions       {dollars(found.usd_per_1000)}",
+            f"  dollars for 1,000 questions       {_spread(found.usd_per_1000)}",
             f"  {evidence.local} alone is wrong in {percent(found.local_error)}",
         ]
         if found.hosted_error is not None:
@@ -125,8 +126,8 @@ def percent(found: Interval | None) -> str:
     return "-" if found is None else f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
 
 
-def dollars(found: Interval | None) -> str:
-    return "not known" if found is None else f"${found.value:.4g} (${found.low:.4g} to ${found.high:.4g})"
+def _spread(found: Interval | None) -> str:
+    return "not known" if found is None else "{} ({} to {})".format(*map(dollars, (found.value, found.low, found.high)))
 
 
 def evidence_of(records: Iterable[Record], *, local: str, hosted: str | None, task: str) -> Evidence:

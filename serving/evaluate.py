@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
+from comparisons.cost import dollars
 from comparisons.dataset import Dataset
 from comparisons.decision import VOLUME
 from comparisons.egress import leaves_device
@@ -139,7 +140,9 @@ def _foretold(job: Job, arms: Sequence[Arm]) -> list[str]:
             with suppress(NearfarError):  # a damaged first row is told with the others
                 asked = first.request(GenerationSettings(max_tokens=job.plan.max_tokens), job.plan.detail)
                 usd = arm.at_most_usd(replace(asked, policy=job.plan.policy))
-                most = "an unknown amount" if usd is None else f"at most ${usd * count:.2f}, if all are like the first"
+                most = (
+                    "an unknown amount" if usd is None else f"at most {dollars(usd * count)}, if all are like the first"
+                )
                 lines.append(f"{arm.answerer.name}: {count} questions can cost {most}")
     return lines
 

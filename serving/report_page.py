@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from comparisons.cost import dollars
 from comparisons.report import CORRUPTION
 from serving.plots import MAX_LABEL, NAMES, SERIES, Bar, Line, Scale, curves, intervals, sign_of
 from serving.report import Report
@@ -42,11 +43,6 @@ def share(value: float) -> str:
 def milliseconds(value: float) -> str:
     """With three digits, from a second on as seconds."""
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
-
-
-def dollars(value: float) -> str:
-    """Cents from a dollar on, else three digits."""
-    return f"${value:,.2f}" if value >= 1 or value == 0 else f"${value:.3g}"
 
 
 def signed(value: float) -> str:

@@ -42,7 +42,7 @@ export function bytes(value) {
 export function dollars(value) {
   if (!known(value)) return null;
   if (value === 0) return "$0";
-  return `$${value.toLocaleString("en", value < 0.995 ? { maximumSignificantDigits: 2 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
+  return `$${value.toLocaleString("en", value < 0.995 ? { maximumSignificantDigits: 3 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
 }
 
 /** "3.2 J, beyond 11 J of idling"; null where nothing measured it. */

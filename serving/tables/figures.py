@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
+from comparisons import cost
+
 Format = Callable[[Any], str]
 
 
@@ -23,11 +25,7 @@ def size(value: int) -> str:
 
 
 def dollars(value: float | None) -> str:
-    """What is less than a millionth is not shown as nothing."""
-    if not value:
-        return "-" if value is None else "$0"
-    size = abs(value)
-    return f"{'-' * (value < 0)}${f'{size:.2f}' if size >= 1 else f'{size:.6f}' if size >= 1e-5 else f'{size:.1e}'}"
+    return "-" if value is None else cost.dollars(value)
 
 
 def plain(value: Any) -> str:

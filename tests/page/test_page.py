@@ -382,7 +382,7 @@ def test_figures_are_written_with_their_units(open_page: OpenPage) -> None:
         ("bytes", 2_640_000_000, "2.6 GB"),
         ("bytes", None, None),
         ("dollars", 0, "$0"),
-        ("dollars", 0.000413, "$0.00041"),
+        ("dollars", 0.000413, "$0.000413"),
         ("dollars", 1.5, "$1.50"),
         ("dollars", None, None),
         ("joules", {"joules": 3.21, "idle_joules": 11.4}, "3.2 J, beyond 11 J of idling"),

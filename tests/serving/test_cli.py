@@ -351,7 +351,7 @@ def test_sigterm_during_the_demo_leaves_no_service_behind() -> None:
 
 @pytest.mark.parametrize(
     ("usd", "shown"),
-    [(None, "-"), (0.0, "$0"), (5.3e-8, "$5.3e-08"), (0.000413, "$0.000413"), (1.5, "$1.50"), (-0.25, "-$0.250000")],
+    [(None, "-"), (0.0, "$0"), (5.3e-8, "$5.3e-08"), (0.000413, "$0.000413"), (1.5, "$1.50"), (-0.25, "-$0.25")],
 )
 def test_a_small_sum_is_not_shown_as_nothing_and_each_basis_is_told_once(usd: float | None, shown: str) -> None:
     cost = {"usd": usd, "basis": "as the list says"}
