@@ -207,6 +207,39 @@ async def test_a_target_is_asked_at_most_twice_and_with_the_time_that_is_left() 
 
 
 @pytest_asyncio
+async def test_a_wait_that_takes_longer_than_it_should_ends_at_the_next_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    async def oversleep(_: float) -> None:
+        nonlocal now
+        now += 5.0
+
+    monkeypatch.setattr(router_module.asyncio, "sleep", oversleep)
+    one, two = Scripted("far/1", [["busy"]]), Scripted("far/2", [["text", "finish"]])
+    hops = hop(one, deadline_s=4.0), hop(two)
+    router = Router("smart", hops, health=health(hops), deadline_s=30.0, rng=random.Random(1), clock=lambda: now)
+    *_, finished = await events_of(router)
+    assert isinstance(finished, Finished)
+    assert [attempt.target for attempt in finished.attempts] == ["far/1", "far/2"]
+    assert [len(one.asked), len(two.asked)] == [1, 1]
+
+
+@pytest_asyncio
+async def test_time_that_ends_while_it_is_looked_at_is_no_bad_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "GRACE_S", 0.5)
+    clock = iter([0.0, 0.0, 3.9, 4.1])  # begun, looked at, until when, asked
+    one = Scripted("far/1", [["late"]])
+    hops = (hop(one, deadline_s=0.1),)
+    router = Router(
+        "smart", hops, health=health(hops), deadline_s=30.0, rng=random.Random(1), clock=lambda: next(clock, 4.1)
+    )
+    [failed] = await events_of(router)
+    assert isinstance(failed, Failed)
+    assert one.asked[0].deadline_s
+    assert [attempt.error_type for attempt in failed.attempts] == ["deadline_exceeded"]
+
+
+@pytest_asyncio
 async def test_without_a_retry_left_a_target_is_asked_once() -> None:
     one, two = Scripted("far/1", [["busy"]]), Scripted("far/2", [["text", "finish"]])
     router = routed(hop(one), hop(two))
