@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+import pytest
 from pydantic import BaseModel
 
 from models.events import Cost, Egress, Finished, FinishReason, Memory, TextDelta, Timings, ToolCallDelta, Usage
 from tests.serving.conftest import RunningService, running, wait_for
+from tests.serving.test_streams import slowed
 
 COLORS: dict[str, Any] = {
     "type": "object",
@@ -83,11 +85,15 @@ def endpoint_that_breaks_off(*pieces: str, wait_s: float = 0.0) -> Iterator[str]
 
 @contextmanager
 def busy(**settings: Any) -> Iterator[RunningService]:
-    """A service that takes one request at a time and has it in hand."""
-    with running(max_waiting=1, models=("tiny-scenes@fp32",), **settings) as service:
+    """A service that takes one request at a time and has it in hand, for as long as the clients take to be made."""
+    with (
+        running(max_waiting=1, models=("tiny-scenes@fp32",), **settings) as service,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        slowed(service.ready(), patch, "decode_together", 0.02)
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "ignore_eos": True, "stream": True}
         key = {"x-api-key": settings.get("api_keys", ("any",))[0]}
-        with service.ready().client.stream("POST", "/v1/chat/completions", json=body, headers=key) as answer:
+        with service.client.stream("POST", "/v1/chat/completions", json=body, headers=key) as answer:
             pieces = answer.iter_bytes()  # kept: a reader that is forgotten closes its connection
             next(pieces)
             wait_for(lambda: service.engine.in_hand == 1)
