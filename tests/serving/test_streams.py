@@ -105,7 +105,7 @@ def test_an_error_before_the_first_text_of_a_stream_has_its_own_status(impatient
     response = ask(impatient, path)
     assert (response.status_code, response.headers["content-type"]) == (502, "application/json")
     assert "far failed" in response.json()["error"]["message"]
-    assert script.closed.wait(1)
+    assert script.closed.wait(10)
 
 
 @pytest.mark.parametrize("path", ["/infer", "/v1/chat/completions"])
@@ -170,7 +170,7 @@ def test_comments_keep_a_stream_alive_while_a_picture_is_encoded(
         assert response.status_code == 200
         before = next(response.iter_bytes())
     assert before.startswith(b": keep-alive\n\n")
-    free_within_1_s(impatient)
+    free_soon(impatient)
 
 
 @pytest.mark.parametrize("path", STREAMS)
@@ -184,7 +184,7 @@ def test_a_deadline_ends_an_answer_of_the_engine_and_frees_its_slot(
     response = impatient.client.post(path, json=body, headers={"x-request-timeout-s": "0.6"})
     assert response.status_code == 504
     assert begun.is_set()
-    free_within_1_s(impatient)
+    free_soon(impatient)
 
 
 def slowed(service: RunningService, monkeypatch: pytest.MonkeyPatch, step: str, seconds: float) -> threading.Event:
@@ -251,12 +251,12 @@ def open_request(service: RunningService | str, body: dict[str, Any], path: str 
     return connection
 
 
-def free_within_1_s(service: RunningService) -> None:
+def free_soon(service: RunningService) -> None:
     def is_free() -> bool:
         figures = service.services.engine_figures()
         return figures.running == figures.waiting == figures.slots_in_use == 0
 
-    wait_for(is_free, timeout_s=1.0)
+    wait_for(is_free, timeout_s=5.0)  # the answers that were left would have taken nine and more
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -266,7 +266,7 @@ def test_who_leaves_while_decoding_frees_the_slot(
     slowed(impatient, monkeypatch, "decode_together", 0.01)
     with open_request(impatient, {**LONG, "stream": stream}, "/v1/chat/completions"):
         wait_for(lambda: impatient.services.engine_figures().running == 1)
-    free_within_1_s(impatient)
+    free_soon(impatient)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -279,7 +279,7 @@ def test_who_leaves_closes_the_target_in_every_dialect(
     body = {**dialect.to_body(Asked(prompt="x")), **named, "stream": stream}
     with open_request(impatient, body, dialect.path):
         wait_for(lambda: script.asked)
-    assert script.closed.wait(1)
+    assert script.closed.wait(10)
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -293,7 +293,7 @@ def test_who_leaves_a_comparison_closes_what_runs_and_begins_no_more(
     body = {"prompt": "x", "targets": [script.name for script in scripts], "parallel": parallel}
     with open_request(impatient, body, "/compare"):
         wait_for(lambda: sum(bool(script.asked) for script in scripts) == running)
-    wait_for(lambda: sum(script.closed.is_set() for script in scripts) == running, timeout_s=1)
+    wait_for(lambda: sum(script.closed.is_set() for script in scripts) == running)
     assert sum(bool(script.asked) for script in scripts) == running
 
 
@@ -306,7 +306,7 @@ def test_who_leaves_while_pictures_are_encoded_frees_the_slot(
     body = {"prompt": "x", "images": [url] * 4, "detail": "high", "stream": stream}
     with open_request(impatient, body):
         assert begun.wait(10)
-    free_within_1_s(impatient)
+    free_soon(impatient)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -318,8 +318,8 @@ def test_who_leaves_while_queued_frees_the_place(stream: bool, monkeypatch: pyte
             next(pieces)
             with open_request(narrow, {**LONG, "stream": stream}, "/v1/chat/completions"):
                 wait_for(lambda: narrow.services.engine_figures().waiting == 1)
-            wait_for(lambda: narrow.services.engine_figures().waiting == 0, timeout_s=1.0)
-        free_within_1_s(narrow)
+            wait_for(lambda: narrow.services.engine_figures().waiting == 0, timeout_s=5.0)
+        free_soon(narrow)
 
 
 @pytest.mark.parametrize("by", ["field", "header"])
@@ -330,7 +330,7 @@ def test_an_answer_that_is_not_whole_in_time_is_504(impatient: RunningService, b
     body = {"prompt": "x", "model": "script/one", **more}
     response = impatient.client.post("/infer", json=body, headers=header)
     assert (response.status_code, response.json()["error"]["type"]) == (504, "deadline_exceeded")
-    assert script.closed.wait(1)
+    assert script.closed.wait(10)
 
 
 def test_counting_tokens_has_its_callers_time_too(impatient: RunningService) -> None:
