@@ -86,7 +86,7 @@ def service(far: dict[str, WireServer]) -> Any:
             {
                 "target": f"{speech.name}-far/{model_of(name)}",
                 "deadline_s": HOP_S,
-                **(SILENT_HOP if case.timeouts else {}),
+                **(SILENT_HOP if case.timeouts and not case.text else {}),
             },
             f"{other.name}-far/{model_of('plain')}",
         ]

@@ -218,7 +218,7 @@ async def test_the_provider_sees_the_reader_of_a_comparison_leave(wire, ask_for,
     compared = compare(ASKED, arms, reference=None, parallel=parallel, rng=random.Random(0), comparison_id="cmp_1")
     async with aclosing(compared) as events:
         assert isinstance(await anext(events), ArmDelta)
-    await asyncio.wait_for(wire.left.wait(), 2)
+    await asyncio.wait_for(wire.left.wait(), 10)
 
 
 @pytest.mark.asyncio
@@ -231,7 +231,7 @@ async def test_the_provider_sees_the_reader_being_cancelled(wire, ask_for, speak
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(wire.left.wait(), 2)
+    await asyncio.wait_for(wire.left.wait(), 10)
 
 
 @pytest.mark.asyncio
@@ -242,7 +242,7 @@ async def test_closing_the_answerer_ends_running_streams_and_refuses_new_ones(wi
     await wire.asked.wait()
     await asyncio.sleep(0.02)
     await answerer.aclose()
-    assert isinstance(await asyncio.wait_for(task, 2), Unavailable)
+    assert isinstance(await asyncio.wait_for(task, 10), Unavailable)
     assert isinstance(await failure(answerer), Unavailable)
 
 

@@ -23,7 +23,7 @@ import pytest_asyncio
 from models.tiny_scenes import SAMPLES
 from serving.routes import breaker, router
 from tests.hosted.wire_server import ANTHROPIC, DONE, OPENAI, Break, Reply, WireServer, chunk, usage
-from tests.serving.conftest import RunningService, events_of, running
+from tests.serving.conftest import RunningService, events_of, running, wait_for
 
 ASKED = {"prompt": "What color is the circle?", "max_tokens": 9, "model": "smart"}
 CHAT: list[Any] = [{"role": "user", "content": "What color is the circle?"}]
@@ -138,7 +138,7 @@ async def test_a_short_wait_that_is_asked_for_is_kept(far: Far) -> None:
 @pytest.mark.parametrize("script", [(10.0,), (*OPENAI.pings, 0.1) * 50], ids=["silent", "pings only"])
 @pytest.mark.asyncio
 async def test_one_that_does_not_begin_in_time_is_left(far: Far, script: Any) -> None:
-    by_asking, by_hop = {"target": "one/m", "first_token_s": 0.2}, {"target": "one/m", "deadline_s": 0.2}
+    by_asking, by_hop = {"target": "one/m", "first_token_s": 0.5}, {"target": "one/m", "deadline_s": 0.5}
     chains = {"twice": [by_asking, "two/m"], "once": [by_hop, "two/m"]}
     with routed(far, "one/m", routes=chains) as service:
         await post(service, model="one/m")  # the SDK's client is made for the first one who asks
@@ -148,16 +148,16 @@ async def test_one_that_does_not_begin_in_time_is_left(far: Far, script: Any) ->
         asked_once = (await post(service, model="once")).json()
     assert asked_twice["text"] == asked_once["text"] == "yellow"
     assert [len(answer["attempts"]) for answer in (asked_twice, asked_once)] == [3, 2]
-    assert asked_once["attempts"][0]["reason"] == "one took too long: no text within 0.2 s"
+    assert asked_once["attempts"][0]["reason"] == "one took too long: no text within 0.5 s"
     assert asked_once["attempts"][0]["egress"]["bytes_sent"] == len(far.one.received[0].body)
     assert asked_once["cost"]["usd"] is None
-    await asyncio.wait_for(far.one.left.wait(), 5)
+    await asyncio.wait_for(far.one.left.wait(), 10)
 
 
 @pytest.mark.asyncio
 async def test_a_hop_that_has_begun_in_time_may_take_longer(far: Far) -> None:
-    far.one.script = (OPENAI.begin(), OPENAI.text("bl"), 0.5, OPENAI.text("ue"), OPENAI.end())
-    with routed(far, {"target": "one/m", "deadline_s": 0.4}, "two/m") as service:
+    far.one.script = (OPENAI.begin(), OPENAI.text("bl"), 1.5, OPENAI.text("ue"), OPENAI.end())
+    with routed(far, {"target": "one/m", "deadline_s": 1.2}, "two/m") as service:
         await post(service, model="one/m")
         answer = (await post(service)).json()
     assert (answer["text"], far.askings) == ("blue", (2, 0))
@@ -169,10 +169,10 @@ async def test_the_requests_deadline_holds_over_all_attempts_and_its_error_tells
         for model in ("one/m", "two/m"):
             await post(service, model=model)  # the SDK's client is made for the first one who asks
         far.one.script = far.two.script = (10.0,)
-        answer = await post(service, timeout_s=0.5)
+        answer = await post(service, timeout_s=1.5)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (504, "deadline_exceeded")
-    assert error["message"] == "the answer was not whole within 0.5 s"
+    assert error["message"] == "the answer was not whole within 1.5 s"
     assert outcomes(error) == [("one/m", "upstream_error"), ("two/m", "deadline_exceeded")]
 
 
@@ -342,14 +342,14 @@ async def test_a_target_that_keeps_failing_is_left_alone_and_the_figures_say_so(
 
 @pytest.mark.asyncio
 async def test_a_target_that_was_left_alone_is_probed_and_comes_back(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breaker, "OPEN_S", 0.2)
+    monkeypatch.setattr(breaker, "OPEN_S", 1.0)
     far.one.reply_to = lambda _: BUSY
     with routed(far, "one/m", "two/m") as service:
         for _ in range(6):
             await post(service)
         states = [service.services.routes.breakers()["one/m"]]
         far.one.reply_to = lambda _: TOLD
-        await asyncio.sleep(0.3)
+        await asyncio.to_thread(wait_for, lambda: service.services.routes.breakers()["one/m"] != "open")
         states.append(service.services.routes.breakers()["one/m"])
         answer = (await post(service)).json()
         states.append(service.services.routes.breakers()["one/m"])
@@ -463,7 +463,7 @@ async def test_a_reader_who_leaves_ends_the_attempt(far: Far) -> None:
             async with client.messages.stream(model="smart", max_tokens=9, messages=CHAT) as stream:
                 async for _ in stream.text_stream:
                     break
-            await asyncio.wait_for(far.one.left.wait(), 5)
+            await asyncio.wait_for(far.one.left.wait(), 10)
     assert far.askings == (1, 0)
 
 
