@@ -62,10 +62,16 @@ def _leave(_signal: int, _frame: object) -> NoReturn:
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that was free a moment ago, and that the system gives to nobody else for a minute.
+
+    It was the end of a connection that was closed there first: such a port is left alone, except by a server that asks
+    for it by its number, as servers do (SO_REUSEADDR).
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port)):
+            probe.accept()[0].close()
+        return port
 
 
 def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

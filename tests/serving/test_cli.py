@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,6 +164,13 @@ def poll(url: str, wanted: int, timeout_s: float = 40) -> bytes:
         time.sleep(0.05)
 
 
+def test_a_free_port_is_given_to_nobody_but_a_server_that_asks_for_it_by_its_number() -> None:
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    socket.create_server(("127.0.0.1", port)).close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_service_with_status_0(number: signal.Signals) -> None:
     process, url = serve()
@@ -196,7 +204,7 @@ def answering(drain_s: int, choices: int) -> Iterator[tuple[subprocess.Popen[str
 def test_after_sigterm_running_answers_end_and_new_requests_are_turned_away() -> None:
     with answering(drain_s=60, choices=2) as (process, url, pieces):
         process.terminate()
-        wait_for(lambda: status_of(f"{url}/ready") != 200, timeout_s=2)
+        wait_for(lambda: status_of(f"{url}/ready") != 200)
         for _ in range(20):
             assert status_of(f"{url}/ready") in (0, 503)
             time.sleep(0.01)
@@ -214,7 +222,7 @@ def test_what_is_not_over_when_the_time_is_up_is_cut() -> None:
 def test_a_second_signal_waits_for_no_answer() -> None:
     with answering(drain_s=60, choices=8) as (process, url, pieces):
         process.terminate()
-        wait_for(lambda: status_of(f"{url}/ready") != 200, timeout_s=2)
+        wait_for(lambda: status_of(f"{url}/ready") != 200)
         process.terminate()
         assert b"[DONE]" not in whatever_comes(pieces)
         assert process.wait(timeout=20) == 0
