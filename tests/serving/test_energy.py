@@ -24,6 +24,7 @@ from models.events import Energy
 from serving.energy import S_PER_YEAR, Electricity, Hardware, Power, Share
 from serving.power import Meters, NoMeter, Nvml, Rapl, find_meters
 from tests.serving.conftest import running, wait_for
+from tests.serving.test_streams import slowed
 
 RANGE_UJ = 262_143_328_850  # of an Intel server
 
@@ -322,8 +323,11 @@ def service_with_rapl(powercap: Powercap, monkeypatch: pytest.MonkeyPatch) -> It
         yield service.ready()
 
 
-def test_a_served_answer_tells_its_energy_and_the_metrics_add_it_up(service_with_rapl: Any, powercap: Powercap) -> None:
+def test_a_served_answer_tells_its_energy_and_the_metrics_add_it_up(
+    service_with_rapl: Any, powercap: Powercap, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = service_with_rapl
+    slowed(service, monkeypatch, "decode_together", 0.02)  # the counter moves while it answers
     body = {
         "prompt": "What is red?",
         "max_tokens": 200,
