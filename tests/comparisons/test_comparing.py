@@ -12,6 +12,7 @@ from comparisons.runner import ArmDelta, ArmFinished, ArmRepeated, Compared, com
 from models.errors import BadRequest, InvalidValue, NearfarError, UpstreamError
 from models.events import Failed, TextDelta, Timings
 from models.request import question
+from tests.serving.conftest import wait_for
 
 ASKED = question("what colour?")
 
@@ -102,12 +103,12 @@ async def test_leaving_early_closes_every_running_stream(answering, parallel):
 @pytest.mark.parametrize("parallel", [False, True])
 async def test_cancelling_the_reader_closes_every_running_stream(answering, parallel):
     arms = [answering(f"local/{letter}", pause_s=10) for letter in "abc"]
-    task = asyncio.create_task(run(arms, parallel=parallel))
-    await asyncio.sleep(0.01)
+    task, asked = asyncio.create_task(run(arms, parallel=parallel)), 3 if parallel else 1
+    await asyncio.to_thread(wait_for, lambda: sum(arm.log == ["started"] for arm in arms) == asked)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert sum(arm.log == ["started", "closed"] for arm in arms) == (3 if parallel else 1)
+    assert sum(arm.log == ["started", "closed"] for arm in arms) == asked
 
 
 @pytest.mark.asyncio

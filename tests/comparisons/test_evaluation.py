@@ -20,6 +20,7 @@ from comparisons.run_file import Answered, Ask, RunFile
 from comparisons.scoreboard import scoreboard
 from models.errors import BadRequest, BudgetSpent, InvalidValue, Unavailable, UpstreamError
 from models.events import Cost, Egress, Failed, TextDelta, Timings, Usage
+from tests.serving.conftest import wait_for
 
 
 def dataset(count: int = 6, **changes: object) -> Dataset:
@@ -267,8 +268,7 @@ async def test_a_question_in_hand_when_the_process_died_counts_its_highest_price
     arms = [Arm(answerer=answering("far/a", pause_s=30), alone=False, at_most_usd=lambda request: 0.05)]
     run = RunFile.begin(tmp_path / "r", Plan().header(dataset(3), arms))
     task = asyncio.create_task(anext(Evaluation(dataset(3), arms, Plan(max_usd=1.0), run).answers()))
-    await asyncio.sleep(0.2)  # it is asked within this
-    assert arms[0].answerer.log == ["started"]
+    await asyncio.to_thread(wait_for, lambda: arms[0].answerer.log == ["started"])
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
