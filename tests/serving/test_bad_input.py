@@ -248,7 +248,7 @@ def test_a_chunked_body_without_end_is_refused_as_soon_as_it_is_too_long() -> No
 
 
 def test_a_slow_body_is_408() -> None:
-    with process("tiny-scenes@fp32", body_timeout_s=0.3) as slow:
+    with process("tiny-scenes@fp32", body_timeout_s=1.0) as slow:
         with connected(slow) as connection:
             connection.sendall(HEAD + b"content-length: 99\r\n\r\n{")
             assert b" 408 " in connection.recv(100)

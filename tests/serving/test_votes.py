@@ -286,7 +286,7 @@ def test_a_service_that_is_killed_while_votes_come_keeps_each_one_that_it_confir
         names = [compare(client, red_circle)["id"] for _ in range(8)]
 
         def vote_on_all(voter: str) -> None:
-            with httpx2.Client(base_url=client.base_url, trust_env=False) as own:
+            with httpx2.Client(base_url=client.base_url, timeout=30, trust_env=False) as own:
                 for round_ in range(200):
                     for name in names:
                         try:
