@@ -191,7 +191,8 @@ def test_a_key_has_so_many_requests_at_a_time_until_their_streams_end(monkeypatc
     with running(keys=limited(concurrent_requests=1), models=("tiny-scenes@fp32",)) as service:
         slowed(service.ready(), monkeypatch, "decode_together", 0.01)
         ask = {"json": BODY, "headers": {"x-api-key": "one"}}
-        long = {**BODY, "max_tokens": 200, "stream": True, "prompt": "How many shapes are there?"}
+        words = {"type": "regex", "pattern": "[a-z]{200}"}  # of itself the model says two tokens
+        long = {**BODY, "max_tokens": 200, "stream": True, "response_format": words}
         with service.client.stream("POST", "/infer", json=long, headers={"x-api-key": "one"}) as busy:
             assert service.client.post("/infer", **ask).status_code == 429
             list(busy.iter_bytes())
