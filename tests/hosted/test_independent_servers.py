@@ -101,7 +101,7 @@ def started(command: list[str], log: Path, **environment: str) -> Iterator[str]:
 def answers(address: str) -> bool:
     try:
         httpx2.get(address, trust_env=False)
-    except httpx2.ConnectError:
+    except httpx2.TransportError:
         return False
     return True
 
