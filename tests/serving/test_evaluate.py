@@ -162,7 +162,11 @@ async def test_ctrl_c_leaves_a_file_to_go_on_with_and_status_130(tmp_path):
         asked = command(
             str(data), "--endpoint", f"far=http://127.0.0.1:{server.port}/v1,m", "--targets", "far/m", "--out", str(out)
         )
-        process = await asyncio.create_subprocess_exec(*asked, stderr=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *asked,
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        )
         await asyncio.wait_for(third.wait(), 60)
         process.send_signal(signal.SIGINT)
         _, told = await process.communicate()
