@@ -19,6 +19,7 @@ from serving.local_models import model_folders
 from serving.ray_settings import (
     APPLICATION,
     ENVIRONMENT,
+    NEEDS_RAY,
     OF_ITS_OWN,
     Replicas,
     as_given,
@@ -49,9 +50,11 @@ def serve_on_ray(settings: Settings, replicas: Replicas, address: str | None) ->
         for folder in model_folders(settings):
             Bundle.read(folder)
     os.environ.update(ENVIRONMENT if address else ENVIRONMENT | OF_ITS_OWN)
-    import ray
-    from ray import serve
-
+    try:
+        import ray
+        from ray import serve
+    except ModuleNotFoundError as error:  # Ray without its Serve
+        raise Unavailable(f"{NEEDS_RAY} ({error.name} is missing)") from error
     if address:
         _connect(ray, address)
     else:

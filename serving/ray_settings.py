@@ -12,6 +12,7 @@ from models.machine import available_cores, compute_threads
 from models.memory import default_budget
 from serving.settings import Settings
 
+NEEDS_RAY = "--ray needs Ray: pip install 'nearfar[ray]'"
 APPLICATION = "nearfar"
 DEPLOYMENT = "service"
 MAX_REPLICAS = 1000

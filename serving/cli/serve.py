@@ -20,7 +20,7 @@ from serving.cli.fetching import fetch_absent
 from serving.doctor.machine import disk_of
 from serving.local_models import default_models
 from serving.logs import set_up
-from serving.ray_settings import Replicas
+from serving.ray_settings import NEEDS_RAY, Replicas
 from serving.settings import Settings, settings_file
 
 
@@ -92,7 +92,7 @@ def serve(
 def _replicas(text: str) -> Replicas:
     """What is wrong with `--ray` itself is told before anything is fetched."""
     if not find_spec("ray"):
-        fail("--ray needs Ray: pip install 'nearfar[ray]'")
+        fail(NEEDS_RAY)
     try:
         return Replicas.parse(text)
     except InvalidValue as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -22,6 +24,7 @@ from serving.metrics import Metrics, merged
 from serving.ray_head import _check_proxy
 from serving.ray_settings import cpus_claimed
 from serving.settings import Settings
+from tests.serving.test_cli import assert_fails, nearfar
 
 OURS = [(b"request-id", b"set-by-the-replica"), (b"content-type", b"application/json")]
 STREAM = [(b"request-id", b"set-by-the-replica"), (b"content-type", b"text/event-stream; charset=utf-8")]
@@ -164,3 +167,12 @@ def test_replicas_without_ray_are_refused_before_anything_is_fetched() -> None:
     assert (done.exit_code, done.stderr) == (2, "nearfar: --replicas and --ray-address need --ray\n")
     done = CliRunner().invoke(app, ["serve", "--ray", "--model", "smolvlm2-256m", "--offline"])
     assert (done.exit_code, done.stderr) == (1, "nearfar: --ray needs Ray: pip install 'nearfar[ray]'\n")
+
+
+def test_ray_without_its_serve_is_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "ray" / "serve").mkdir(parents=True)
+    (tmp_path / "ray" / "__init__.py").touch()
+    (tmp_path / "ray" / "serve" / "__init__.py").write_text("import not_installed")
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
+    run = nearfar("serve", "--ray", "--model", "tiny-scenes", "--offline", PYTHONPATH=path)
+    assert_fails(run, 1, "--ray needs Ray: pip install 'nearfar[ray]'", "not_installed is missing")
