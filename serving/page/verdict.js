@@ -46,7 +46,7 @@ export class Verdict {
   }
 
   #moved() {
-    clearTimeout(this.waiting);
+    this.hide();
     this.waiting = setTimeout(() => {
       const query = this.#query();
       this.chosen(query.toString());

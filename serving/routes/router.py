@@ -36,7 +36,7 @@ from serving.routes.rules import (
 from serving.routes.trip import Trip, nothing_allowed
 
 RETRY_WAIT_S = 0.5  # at most, by chance: those that failed together do not come back together
-LEAST_S = 0.001
+LEAST_S = 0.001  # is left of a time that has just ended: a deadline is above 0
 GRACE_S = 0.1  # for an answerer that keeps its deadlines to say so itself, with what it had sent until then
 log = logging.getLogger("nearfar.routes")
 
